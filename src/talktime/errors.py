@@ -1,0 +1,108 @@
+"""What can go wrong, in one tree. Nothing here knows of HTTP; the API maps each class to a status in one table.
+
+::
+
+    TalktimeError
+    ├── SettingError                 a wrong value in the environment; names the variable
+    ├── InvalidInput                 a value outside its domain; says where it stood
+    ├── NotFound
+    │   ├── UserNotFound
+    │   └── ChatNotFound
+    ├── Conflict                     right in form, refused by the state it meets
+    │   ├── WrongAdvisor             the chat belongs to another advisor
+    │   ├── ChatNotActive            a heartbeat for an abandoned or ended chat; carries the reading
+    │   ├── InsufficientBalance      a refund or correction larger than what is left
+    │   └── BalanceLimitExceeded     a credit that would pass the largest balance
+    ├── IdempotencyKeyReused         the key came before with another request
+    └── DatabaseUnavailable          no answer from the database; the outcome may be unknown, repeat the request
+        └── EmbeddedDatabaseError    the embedded PostgreSQL cannot be started
+"""
+
+from __future__ import annotations
+
+
+class TalktimeError(Exception):
+    """Base of all errors that talktime raises on purpose; its text is fit to show to the caller."""
+
+
+class SettingError(TalktimeError):
+    """An environment variable holds a value that cannot be used."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        super().__init__(f"{name}: {reason}")
+
+
+class InvalidInput(TalktimeError):
+    """A value is outside its domain. `where` is a JSON pointer into the body, or the name of a parameter."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        self.where = where
+        self.reason = reason
+        super().__init__(f"{where}: {reason}")
+
+
+class NotFound(TalktimeError):
+    """What was named does not exist."""
+
+
+class UserNotFound(NotFound):
+    """The user has no account yet: no credit and no chat."""
+
+    def __init__(self, user_id: str) -> None:
+        super().__init__(f"user {user_id!r} has no account")
+
+
+class ChatNotFound(NotFound):
+    """The user has no chat of this id."""
+
+    def __init__(self, user_id: str, chat_id: str) -> None:
+        super().__init__(f"user {user_id!r} has no chat {chat_id!r}")
+
+
+class Conflict(TalktimeError):
+    """The request is well formed, but the state it meets refuses it."""
+
+
+class WrongAdvisor(Conflict):
+    """A chat belongs to one advisor for ever."""
+
+    def __init__(self, chat_id: str) -> None:
+        super().__init__(f"chat {chat_id!r} belongs to another advisor")
+
+
+class ChatNotActive(Conflict):
+    """A heartbeat came for an abandoned or ended chat. `reading` is the chat's, once the caller has added it."""
+
+    def __init__(self, chat_id: str, state: str) -> None:
+        self.reading: object = None
+        super().__init__(f"chat {chat_id!r} is {state}; start it again to go on")
+
+
+class InsufficientBalance(Conflict):
+    """The balance, after all that is accrued, is smaller than what is to be taken."""
+
+    def __init__(self, balance: str) -> None:
+        super().__init__(f"the balance is {balance}")
+
+
+class BalanceLimitExceeded(Conflict):
+    """The credit would lift the balance above its cap."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"no balance may pass {limit} credits")
+
+
+class IdempotencyKeyReused(TalktimeError):
+    """The Idempotency-Key was used before, with another request."""
+
+    def __init__(self) -> None:
+        super().__init__("this Idempotency-Key was used before with a different request")
+
+
+class DatabaseUnavailable(TalktimeError):
+    """The database did not answer, or the connection was lost and the outcome is unknown."""
+
+
+class EmbeddedDatabaseError(DatabaseUnavailable):
+    """The embedded PostgreSQL cannot be prepared or started."""

@@ -1,0 +1,141 @@
+"""Readings: an account's state at an instant -> what is shown, and what can be foretold.
+
+A reading holds all that a client needs to go on by itself, for ``x = min(server_now, accrues_until)``: elapsed is
+``elapsed_us + max(0, x - as_of)``, and credits are ``credits_used + C(count_us + d) - C(count_us)`` with
+``d = max(0, x - paid_from)``, where ``C`` is the tariff's cost and 0 is added if `paid_from` is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from talktime.errors import ChatNotFound
+from talktime.meter.advance import advance, without_leases
+from talktime.meter.state import Account, Chat, ChatState, StopReason, Tariff
+from talktime.meter.units import END_OF_TIME_US
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one chat's clock and its user's balance show at the instant `as_of`.
+
+    Totals are of the chat, over all its segments; `balance` is the account's. `accrues_until` is where the clock stops
+    if no command comes; `paid_from` is from when its ticks are paid, if before that. `free_until` and `exhausts_at`
+    hold if all running chats keep beating; None means never, or past the year 9999. `server_time` is the raw clock.
+    """
+
+    user_id: str
+    chat_id: str
+    advisor_id: str
+    state: ChatState
+    revision: int
+    as_of: int
+    server_time: int
+    elapsed_us: int
+    free_used_us: int
+    free_left_us: int
+    credits_used: int
+    balance: int
+    tariff: Tariff
+    count_us: int
+    accrues_until: int | None
+    paid_from: int | None
+    free_until: int | None
+    exhausts_at: int | None
+    started_at: int
+    stopped_at: int | None
+    stop_reason: StopReason | None
+    materialized_through: int
+
+    @property
+    def accruing(self) -> bool:
+        """Whether the clock runs now."""
+        return self.state is ChatState.RUNNING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccountReading:
+    """What an account shows at the instant `as_of`; `accrued` is the cost so far of its open segments."""
+
+    user_id: str
+    as_of: int
+    server_time: int
+    balance: int
+    accrued: int
+    running: tuple[Reading, ...]
+    exhausts_at: int | None
+    materialized_through: int
+
+
+def read(account: Account, chat_id: str, now: int) -> Reading:
+    """Return the reading of one chat at `now` (or at the account's own instant, if the clock stepped back).
+
+    Raises:
+        ChatNotFound: the account holds no such chat.
+    """
+    if chat_id not in account.chats:
+        raise ChatNotFound(account.user_id, chat_id)
+    return read_many(account, [chat_id], now)[0]
+
+
+def read_many(account: Account, chat_ids: Iterable[str], now: int) -> list[Reading]:
+    """Return the readings of several chats of one account, at one instant."""
+    view = advance(account, max(now, account.at))
+    beating = advance(without_leases(view), END_OF_TIME_US)
+    return [_read_one(account, view, beating, view.chats[chat_id], now) for chat_id in chat_ids]
+
+
+def read_account(account: Account, now: int) -> AccountReading:
+    """Return the balance, what is accrued, and the readings of all running chats, in order of chat id."""
+    view = advance(account, max(now, account.at))
+    chats = [view.chats[chat_id] for chat_id in sorted(view.chats) if view.chats[chat_id].state is ChatState.RUNNING]
+    running = read_many(account, [chat.chat_id for chat in chats], now)
+    return AccountReading(
+        user_id=account.user_id,
+        as_of=view.at,
+        server_time=now,
+        balance=view.balance,
+        accrued=sum(chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us) for chat in chats),
+        running=tuple(running),
+        exhausts_at=min((r.exhausts_at for r in running if r.exhausts_at is not None), default=None),
+        materialized_through=account.at,
+    )
+
+
+def _read_one(account: Account, view: Account, beating: Account, chat: Chat, now: int) -> Reading:
+    accrues_until = paid_from = free_until = exhausts_at = None
+    if chat.state is ChatState.RUNNING:
+        stopped = advance(view, chat.lease_end).chats[chat.chat_id]
+        accrues_until = stopped.stopped_at
+        # Free ticks come first, paid ones after: the allowance never grows back.
+        turns_paid = view.at + stopped.free_us - chat.free_us
+        paid_from = turns_paid if accrues_until is not None and turns_paid < accrues_until else None
+        forever = beating.chats[chat.chat_id]
+        turns_paid = view.at + forever.free_us - chat.free_us
+        free_until = turns_paid if view.at < turns_paid < END_OF_TIME_US else None
+        exhausts_at = forever.stopped_at
+    return Reading(
+        user_id=account.user_id,
+        chat_id=chat.chat_id,
+        advisor_id=chat.advisor_id,
+        state=chat.state,
+        revision=chat.revision,
+        as_of=view.at,
+        server_time=now,
+        elapsed_us=chat.elapsed_us,
+        free_used_us=chat.free_us,
+        free_left_us=view.allowances[chat.advisor_id].left_us,
+        credits_used=chat.cost,
+        balance=view.balance,
+        tariff=chat.tariff,
+        count_us=chat.count_us,
+        accrues_until=accrues_until,
+        paid_from=paid_from,
+        free_until=free_until,
+        exhausts_at=exhausts_at,
+        started_at=chat.started_at,
+        stopped_at=chat.stopped_at,
+        stop_reason=chat.stop_reason,
+        materialized_through=account.at,
+    )
