@@ -1,0 +1,369 @@
+"""The use cases, one function each: lock, decide, write, in one transaction; or read, in one snapshot.
+
+The deciding is the meter's and the SQL is the store's; here they meet. Ids and amounts are valid when they get here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from talktime.errors import (
+    ChatNotActive,
+    ChatNotFound,
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    UserNotFound,
+)
+from talktime.meter import commands
+from talktime.meter.advance import advance
+from talktime.meter.reading import AccountReading, Reading, read, read_many
+from talktime.meter.reading import read_account as reading_of_account
+from talktime.meter.state import (
+    TRANSITIONS,
+    Account,
+    ChatState,
+    CreditKind,
+    Event,
+    Policy,
+    RateCard,
+    Segment,
+    StopReason,
+    Tariff,
+)
+from talktime.store import accounts, ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from talktime.store.database import Database
+    from talktime.store.ledger import LedgerEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the use cases need: a database, and the settings that commands take with them."""
+
+    database: Database
+    policy: Policy
+    default_card: RateCard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentView:
+    """A line of a chat's receipt; `ended_at` and `stop_reason` are None for the segment that is still open."""
+
+    started_at: int
+    ended_at: int | None
+    stop_reason: StopReason | None
+    elapsed_us: int
+    free_us: int
+    paid_us: int
+    cost: int
+    tariff: Tariff
+
+
+def _candidates() -> Mapping[ChatState, frozenset[ChatState]]:
+    """For each state, the stored states that the passing of time alone can have turned into it."""
+    found: dict[ChatState, set[ChatState]] = {state: {state} for state in ChatState}
+    for event in (Event.LAPSE, Event.EXHAUST, Event.ABANDON):
+        for before, after in TRANSITIONS[event].items():
+            found[after] |= found[before]
+    return {state: frozenset(states) for state, states in found.items()}
+
+
+CANDIDATES = _candidates()
+
+
+# --- advisors ---------------------------------------------------------------------------------------------------------
+
+
+async def put_advisor(service: Service, advisor_id: str, card: RateCard) -> None:
+    """Set an advisor's rate card: the tariff of segments opened from now on, and the free time of new pairs."""
+    await service.database.transaction(lambda connection: ledger.save_card(connection, advisor_id, card))
+
+
+async def get_advisor(service: Service, advisor_id: str) -> tuple[RateCard, bool]:
+    """Return the card in force for an advisor, and whether it is the default one."""
+    card = await service.database.read(lambda connection: ledger.load_card(connection, advisor_id))
+    return (service.default_card, True) if card is None else (card, False)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+async def start(service: Service, user_id: str, chat_id: str, *, advisor_id: str, key: str | None) -> Reading:
+    """Start a chat's clock; see `talktime.meter.commands.start`."""
+
+    async def work(connection: AsyncConnection) -> Reading:
+        stored, now = await accounts.lock_or_create(connection, user_id, chat_id=chat_id, advisor_id=advisor_id)
+        card = await ledger.load_card(connection, advisor_id) or service.default_card
+        after = commands.start(
+            stored.account,
+            now,
+            chat_id=chat_id,
+            advisor_id=advisor_id,
+            card=card,
+            policy=service.policy,
+            key=key,
+        )
+        await accounts.save(connection, [(stored, after)])
+        return read(after, chat_id, now)
+
+    return await service.database.transaction(work)
+
+
+async def heartbeat(service: Service, user_id: str, chat_id: str) -> Reading:
+    """Renew a chat's lease; see `talktime.meter.commands.heartbeat`.
+
+    A running chat whose row is free takes the fast path, without the account's lock: it may only move
+    `last_heartbeat_at`, which commutes with whatever pass or command is under way.
+    """
+
+    async def fast(connection: AsyncConnection) -> Reading | None:
+        beat = await accounts.lock_beat(connection, user_id, chat_id)
+        if beat is None or beat.now >= beat.lease_end:
+            return None
+        await accounts.save_beat(connection, user_id, chat_id, beat.now)
+        return await _load_reading(connection, user_id, chat_id)
+
+    reading = await service.database.transaction(fast)
+    if reading is not None:
+        return reading
+    return await _command(
+        service,
+        user_id,
+        chat_id,
+        lambda account, now: commands.heartbeat(account, now, chat_id=chat_id, policy=service.policy),
+    )
+
+
+async def pause(service: Service, user_id: str, chat_id: str) -> Reading:
+    """Pause a chat; see `talktime.meter.commands.pause`."""
+    return await _command(
+        service,
+        user_id,
+        chat_id,
+        lambda account, now: commands.pause(account, now, chat_id=chat_id, policy=service.policy),
+    )
+
+
+async def stop(service: Service, user_id: str, chat_id: str) -> Reading:
+    """End a chat; see `talktime.meter.commands.stop`."""
+    return await _command(
+        service, user_id, chat_id, lambda account, now: commands.stop(account, now, chat_id=chat_id)
+    )
+
+
+async def credit(
+    service: Service, user_id: str, *, kind: CreditKind, amount: int, memo: str, key: str
+) -> LedgerEntry:
+    """Add or take credits once per user and key; a repeated request returns the entry that the first one made."""
+
+    async def work(connection: AsyncConnection) -> LedgerEntry:
+        stored, now = await accounts.lock_or_create(connection, user_id)
+        earlier = await ledger.find_entry(connection, user_id, key)
+        if earlier is not None:
+            if earlier.request_hash != ledger.request_hash(kind, amount, memo):
+                raise IdempotencyKeyReused
+            return earlier
+        after = commands.credit(stored.account, now, kind=kind, amount=amount, memo=memo, key=key)
+        entries = await accounts.save(connection, [(stored, after)])
+        return next(entry for entry in entries if entry.idempotency_key == key)
+
+    return await service.database.transaction(work)
+
+
+async def _command(
+    service: Service, user_id: str, chat_id: str, command: Callable[[Account, int], Account]
+) -> Reading:
+    async def work(connection: AsyncConnection) -> Reading:
+        locked = await accounts.lock(connection, user_id, chat_id=chat_id)
+        if locked is None:
+            raise ChatNotFound(user_id, chat_id)
+        stored, now = locked
+        try:
+            after = command(stored.account, now)
+        except ChatNotActive as refusal:
+            refusal.reading = read(stored.account, chat_id, now)
+            raise
+        await accounts.save(connection, [(stored, after)])
+        return read(after, chat_id, now)
+
+    return await service.database.transaction(work)
+
+
+async def materialize(
+    database: Database, bucket: int, *, after: str, before: int, limit: int
+) -> tuple[int, int, str | None]:
+    """Write one batch of due accounts of a bucket as they stand now.
+
+    Takes accounts beyond the user id `after` that were not materialized since the instant `before`. Returns how many
+    accounts and chats were written, and the last user id, or None if the bucket has nothing more.
+    """
+
+    async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
+        # All of this can be derived again, so it need not wait for the disk.
+        await connection.execute(text("SET LOCAL synchronous_commit = off"))
+        due, now = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
+        if not due:
+            return 0, 0, None
+        await accounts.save(
+            connection, [(stored, advance(stored.account, max(now, stored.account.at))) for stored in due]
+        )
+        last = due[-1].account.user_id if len(due) == limit else None
+        return len(due), sum(len(stored.account.chats) for stored in due), last
+
+    return await database.transaction(work)
+
+
+# --- reads ------------------------------------------------------------------------------------------------------------
+
+
+async def read_chat(service: Service, user_id: str, chat_id: str) -> Reading:
+    """Return a chat's reading now."""
+    return await service.database.read(lambda connection: _load_reading(connection, user_id, chat_id))
+
+
+async def read_account(service: Service, user_id: str) -> AccountReading:
+    """Return an account's balance now, what its open segments accrued, and its running chats."""
+    account, now = await service.database.read(lambda connection: _load_account(connection, user_id))
+    return reading_of_account(account, now)
+
+
+async def read_ledger(
+    service: Service, user_id: str, *, before: int | None, limit: int
+) -> tuple[list[LedgerEntry], int | None]:
+    """Return a page of the ledger, newest first, and where the next one begins. It lists what has been booked."""
+
+    async def work(connection: AsyncConnection) -> list[LedgerEntry]:
+        await _load_account(connection, user_id)
+        return await ledger.load_entries(connection, user_id, before=before, limit=limit + 1)
+
+    entries = await service.database.snapshot(work)
+    return entries[:limit], entries[limit - 1].number if len(entries) > limit else None
+
+
+async def read_chats(
+    service: Service, user_id: str, *, state: ChatState | None, after: tuple[int, str] | None, limit: int
+) -> tuple[list[Reading], tuple[int, str] | None]:
+    """Return a page of readings, the chat started last first, and where the next page begins.
+
+    `state` selects by the state as it is now, whether or not it has been materialized.
+    """
+    stored_states = frozenset(ChatState) if state is None else CANDIDATES[state]
+
+    async def work(connection: AsyncConnection) -> list[Reading]:
+        account, now = await _load_account(connection, user_id)
+        found: list[Reading] = []
+        place = after
+        while len(found) <= limit:
+            page = await accounts.load_chats(
+                connection, user_id, states=stored_states, after=place, limit=limit + 1
+            )
+            whole = replace(
+                account,
+                chats={**account.chats, **{chat.chat_id: chat for chat, _ in page}},
+                allowances={**account.allowances, **{chat.advisor_id: allowance for chat, allowance in page}},
+            )
+            readings = read_many(whole, [chat.chat_id for chat, _ in page], now)
+            found += [reading for reading in readings if state is None or reading.state is state]
+            if len(page) <= limit:
+                break
+            place = page[-1][0].started_at, page[-1][0].chat_id
+        return found
+
+    found = await service.database.snapshot(work)
+    last = found[limit - 1] if len(found) > limit else None
+    return found[:limit], None if last is None else (last.started_at, last.chat_id)
+
+
+async def read_segments(
+    service: Service, user_id: str, chat_id: str, *, after: int | None, limit: int
+) -> tuple[list[SegmentView], int | None]:
+    """Return a page of a chat's receipt, oldest first, and where the next page begins.
+
+    It shows the segments as they stand now, those included that no pass has written yet, and the open one.
+    """
+
+    async def work(connection: AsyncConnection) -> list[SegmentView]:
+        account, now = await _load_account(connection, user_id, chat_id)
+        if chat_id not in account.chats:
+            raise ChatNotFound(user_id, chat_id)
+        stored = await ledger.load_segments(connection, user_id, chat_id, after=after, limit=limit + 1)
+        view = advance(account, max(now, account.at))
+        closed = [event for event in view.journal if isinstance(event, Segment) and event.chat_id == chat_id]
+        views = [_view_of(segment) for segment in (*stored, *closed)] + _open_view(view, chat_id)
+        return [v for v in views if after is None or v.started_at > after]
+
+    views = await service.database.snapshot(work)
+    return views[:limit], views[limit - 1].started_at if len(views) > limit else None
+
+
+async def ready(service: Service) -> None:
+    """Check that requests can be served.
+
+    Raises:
+        DatabaseUnavailable: the database does not answer, or lacks its tables.
+    """
+    found = await service.database.read(
+        lambda connection: connection.scalar(text("SELECT to_regclass('account') IS NOT NULL"))
+    )
+    if not found:
+        message = "the database has no talktime tables: run `talktime migrate`"
+        raise DatabaseUnavailable(message)
+
+
+async def _load_account(
+    connection: AsyncConnection, user_id: str, chat_id: str | None = None
+) -> tuple[Account, int]:
+    loaded = await accounts.load(connection, user_id, chat_id)
+    if loaded is None:
+        raise UserNotFound(user_id)
+    return loaded
+
+
+async def _load_reading(connection: AsyncConnection, user_id: str, chat_id: str) -> Reading:
+    loaded = await accounts.load(connection, user_id, chat_id)
+    if loaded is None:
+        raise ChatNotFound(user_id, chat_id)
+    account, now = loaded
+    return read(account, chat_id, now)
+
+
+def _view_of(segment: Segment) -> SegmentView:
+    return SegmentView(
+        started_at=segment.started_at,
+        ended_at=segment.ended_at,
+        stop_reason=segment.reason,
+        elapsed_us=segment.ended_at - segment.started_at,
+        free_us=segment.free_us,
+        paid_us=segment.paid_us,
+        cost=segment.cost,
+        tariff=segment.tariff,
+    )
+
+
+def _open_view(view: Account, chat_id: str) -> list[SegmentView]:
+    chat = view.chats[chat_id]
+    if chat.opened_at is None:
+        return []
+    elapsed_us = view.at - chat.opened_at
+    paid_us = chat.count_us - chat.opened_count_us
+    return [
+        SegmentView(
+            started_at=chat.opened_at,
+            ended_at=None,
+            stop_reason=None,
+            elapsed_us=elapsed_us,
+            free_us=elapsed_us - paid_us,
+            paid_us=paid_us,
+            cost=chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us),
+            tariff=chat.tariff,
+        )
+    ]

@@ -1,0 +1,107 @@
+"""Engine and transactions: retries, time limits, and driver errors translated in this one place."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from talktime.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+TRANSACTION_SECONDS_MAX = 10.0
+CONNECT_SECONDS_MAX = 5
+POOL_WAIT_SECONDS_MAX = 5
+
+_DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
+# Connection trouble (08), resources such as disk and connections (53), operator intervention (57), system errors
+# (58), a lock not had in time, and a database that turned read-only behind a failover.
+_UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006")
+_NOT_MIGRATED = ("42P01", "42703")
+
+
+class Database:
+    """A pool of connections to one PostgreSQL."""
+
+    def __init__(self, url: URL | str, *, pool_size: int = 20) -> None:
+        self.engine = create_async_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=POOL_WAIT_SECONDS_MAX,
+            connect_args={"connect_timeout": CONNECT_SECONDS_MAX, "application_name": "talktime"},
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.engine.dispose()
+
+    async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` in one READ COMMITTED transaction and commit it.
+
+        A deadlock, a serialization failure, or a connection that was found dead before COMMIT is tried again, with
+        nothing written by the failed attempt; so `work` may run several times.
+
+        Raises:
+            DatabaseUnavailable: no answer. If the connection was lost at COMMIT the outcome is unknown: the caller
+                repeats the request, which its idempotency makes safe.
+        """
+        return await self._run(work, None)
+
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work`, which reads with a single statement, without the cost of a transaction around it."""
+        return await self._run(work, "AUTOCOMMIT")
+
+    async def snapshot(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work`, whose statements all see one and the same snapshot. It only reads."""
+        return await self._run(work, "REPEATABLE READ")
+
+    async def _run(self, work: Callable[[AsyncConnection], Awaitable[T]], isolation: str | None) -> T:
+        for attempt in range(1, ATTEMPTS + 1):
+            committing = False
+            try:
+                async with asyncio.timeout(TRANSACTION_SECONDS_MAX), self.engine.connect() as connection:
+                    if isolation is not None:
+                        await connection.execution_options(isolation_level=isolation)
+                    result = await work(connection)
+                    committing = True
+                    await connection.commit()
+                    return result
+            except DBAPIError as error:
+                again = _is_conflict(error) or (error.connection_invalidated and not committing)
+                if not again or attempt == ATTEMPTS:
+                    raise _translated(error) from error
+            except (TimeoutError, PoolTimeoutError, OSError) as error:
+                message = "the database did not answer in time"
+                raise DatabaseUnavailable(message) from error
+            await asyncio.sleep(random.uniform(0, 0.02) * attempt)  # noqa: S311 - spreads retries, guards nothing
+        raise AssertionError
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlstate", None) or ""
+
+
+def _is_conflict(error: DBAPIError) -> bool:
+    return _sqlstate(error) in _DEADLOCK_OR_SERIALIZATION
+
+
+def _translated(error: DBAPIError) -> Exception:
+    state = _sqlstate(error)
+    if state in _NOT_MIGRATED:
+        return DatabaseUnavailable("the database lacks talktime's present tables: run `talktime migrate`")
+    lost = error.connection_invalidated or (isinstance(error.orig, psycopg.OperationalError) and not state)
+    if lost or state.startswith(_UNAVAILABLE) or state in _DEADLOCK_OR_SERIALIZATION:
+        return DatabaseUnavailable("the database is not available")
+    return error
