@@ -1,4 +1,4 @@
-"""What all tests share: databases, the simulated clock, Hypothesis profiles. The databases are described in database.py."""
+"""What all tests share: databases (database.py describes them), the simulated clock, and Hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.database import Clock, Databases, provided_databases, running_server,
 
 _DATABASE_USED = pytest.StashKey[str]()
 
-# No deadlines and no complaints about slow data: a busy machine is not a bug. `default` as the parent, because with CI in
-# the environment Hypothesis would begin with a profile of its own.
+# No deadlines and no complaints about slow data: a busy machine is not a bug. `default` as the parent, because with CI
+# in the environment Hypothesis would begin with a profile of its own.
 _BASE = settings.get_profile("default")
 _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("fast", _BASE, max_examples=50, **_SLOW_IS_FINE)

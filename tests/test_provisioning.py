@@ -1,4 +1,4 @@
-"""The test databases themselves: clones are separate, and simulated time reaches whoever asks the database for the time."""
+"""The test databases themselves: clones are separate, and simulated time reaches whoever asks for the time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 HOUR_US = 3_600_000_000
 
 
-def shown(connection: psycopg.Connection) -> int:
+def time_of(connection: psycopg.Connection) -> int:
     """What unqualified SQL takes for the time, in microseconds since the epoch."""
     row = connection.execute("SELECT clock_timestamp()").fetchone()
     assert row
-    return (row[0] - EPOCH) // timedelta(microseconds=1)
+    shown: datetime = row[0]
+    return (shown - EPOCH) // timedelta(microseconds=1)
 
 
 def test_a_clone_has_the_tables_and_the_next_one_has_nothing_of_its_rows(databases: Databases) -> None:
@@ -64,12 +65,12 @@ def test_two_runs_on_one_server_do_not_meet(databases: Databases) -> None:
 
 def test_time_is_real_without_the_clock(database_url: URL) -> None:
     with connect(database_url) as connection:
-        assert shown(connection) < shown(connection)
+        assert time_of(connection) < time_of(connection)
 
 
 def test_new_connections_see_simulated_time(clock: Clock, database_url: URL) -> None:
     with connect(database_url) as connection:
-        assert [shown(connection), shown(connection)] == [SIMULATED_START_US] * 2
+        assert [time_of(connection), time_of(connection)] == [SIMULATED_START_US] * 2
         assert clock.now == SIMULATED_START_US
 
 
@@ -77,23 +78,23 @@ def test_a_moved_clock_is_seen_at_once_by_open_transactions(clock: Clock, databa
     with connect(database_url) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         with connection.transaction():
-            assert shown(connection) == SIMULATED_START_US
+            assert time_of(connection) == SIMULATED_START_US
             clock.tick(HOUR_US + 1)
-            assert shown(connection) == SIMULATED_START_US + HOUR_US + 1
+            assert time_of(connection) == SIMULATED_START_US + HOUR_US + 1
 
 
-@pytest.mark.parametrize("us", [0, 1, 1_767_225_600_123_457, 253_402_300_799_999_999 // 32])
+@pytest.mark.parametrize("us", [0, 1, 1_767_225_600_123_457, 7_258_118_399_999_999])
 def test_the_clock_is_exact_to_the_microsecond(us: int, clock: Clock, database_url: URL) -> None:
     clock.set(us)
     with connect(database_url) as connection:
-        assert shown(connection) == us
+        assert time_of(connection) == us
     assert clock.now == us
 
 
 def test_the_clock_can_step_back(clock: Clock, database_url: URL) -> None:
     with connect(database_url) as connection:
         clock.tick(-HOUR_US)
-        assert shown(connection) == SIMULATED_START_US - HOUR_US
+        assert time_of(connection) == SIMULATED_START_US - HOUR_US
 
 
 async def test_asynchronous_connections_see_simulated_time_too(clock: Clock, database_url: URL) -> None:

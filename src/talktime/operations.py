@@ -198,6 +198,19 @@ async def _command(
     return await service.database.transaction(work)
 
 
+class BatchFailed(Exception):
+    """A batch could not be materialized and was rolled back; `user_ids` are the accounts that it held."""
+
+    def __init__(self, user_ids: list[str]) -> None:
+        self.user_ids = user_ids
+        super().__init__(f"{len(user_ids)} accounts from {user_ids[0]!r} to {user_ids[-1]!r} were not materialized")
+
+
+async def due(database: Database) -> tuple[dict[int, int], int, int]:
+    """Look up the work due: accounts per bucket, the instant of the look-up, and the oldest materialized instant."""
+    return await database.transaction(accounts.load_due)
+
+
 async def materialize(
     database: Database, bucket: int, *, after: str, before: int, limit: int
 ) -> tuple[int, int, str | None]:
@@ -205,21 +218,32 @@ async def materialize(
 
     Takes accounts beyond the user id `after` that were not materialized since the instant `before`. Returns how many
     accounts and chats were written, and the last user id, or None if the bucket has nothing more.
+
+    Raises:
+        BatchFailed: an account of the batch cannot be written.
+        DatabaseUnavailable: no answer.
     """
+    held: list[str] = []
 
     async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
         # All of this can be derived again, so it need not wait for the disk.
         await connection.execute(text("SET LOCAL synchronous_commit = off"))
-        due, now = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
-        if not due:
+        batch, now = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
+        if not batch:
             return 0, 0, None
-        await accounts.save(
-            connection, [(stored, advance(stored.account, max(now, stored.account.at))) for stored in due]
-        )
-        last = due[-1].account.user_id if len(due) == limit else None
-        return len(due), sum(len(stored.account.chats) for stored in due), last
+        held[:] = [stored.account.user_id for stored in batch]
+        changes = [(stored, advance(stored.account, max(now, stored.account.at))) for stored in batch]
+        await accounts.save(connection, changes)
+        return len(batch), sum(len(a.chats) for _, a in changes), held[-1] if len(batch) == limit else None
 
-    return await database.transaction(work)
+    try:
+        return await database.transaction(work)
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:
+        if not held:
+            raise
+        raise BatchFailed(held) from error
 
 
 # --- reads ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The metering process of design.md, sections 3 to 5, one microsecond tick at a time.
+"""The metering process, one microsecond tick at a time: state, commands, readings.
 
 This is the oracle that the product is tested against: it is written to be obviously right, not to be fast, and shares
 nothing with the product. Time is in integer microseconds, money in integer micro-credits.

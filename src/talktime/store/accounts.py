@@ -29,7 +29,8 @@ _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
 _CHAT_KEY = ("user_id", "chat_id")
 _CHAT_FIXED = ("bucket", *_CHAT_KEY, "advisor_id", "started_at")
 _CHAT_CHANGING = tuple(c.name for c in _chat.columns if c.name not in _CHAT_FIXED)
-_IS_LIVE = _chat.c.state.in_([str(state) for state in sorted(LIVE)])
+# Literals, not parameters: a prepared statement's generic plan can use the index of live chats only so.
+_IS_LIVE = _chat.c.state.in_([literal_column(f"'{state}'") for state in sorted(LIVE)])
 _IS_RUNNING = _chat.c.state == literal_column(f"'{ChatState.RUNNING}'")
 _NOW = func.clock_timestamp(type_=tables.Instant).label("now")
 
@@ -169,7 +170,7 @@ async def _lock_chats(
     ).all()
     chats_of: dict[str, dict[str, Chat]] = defaultdict(dict)
     for row in chats:
-        chats_of[row.user_id][row.chat_id] = _chat_from(row)
+        chats_of[row.user_id][row.chat_id] = chat_from(row)
     allowances_of: dict[str, dict[str, Allowance]] = defaultdict(dict)
     for row in facts:
         if row.advisor_id is not None:
@@ -243,7 +244,7 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
                 "balance": after.balance,
                 "materialized_through": after.at,
                 "next_entry": stored.next_entry + added[after.user_id],
-                "due_at": _due_at(after),
+                "due_at": due_at(after),
             }
             for stored, after in changes
         ],
@@ -287,7 +288,7 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
     return entries
 
 
-def _due_at(account: Account) -> int | None:
+def due_at(account: Account) -> int | None:
     """From when a pass has something to write for the account: always while a chat runs, else at an abandonment."""
     opened = [chat.opened_at for chat in account.chats.values() if chat.opened_at is not None]
     waiting = [chat.abandoned_at for chat in account.chats.values() if chat.state in RESUMABLE]
@@ -369,7 +370,7 @@ async def load(connection: AsyncConnection, user_id: str, chat_id: str | None = 
         at=rows[0].materialized_through,
         balance=rows[0].balance,
         allowances={row.advisor_id: Allowance(row.granted_us, row.used_us) for row in found},
-        chats={row.chat_id: _chat_from(row) for row in found},
+        chats={row.chat_id: chat_from(row) for row in found},
     )
     return account, rows[0].now
 
@@ -405,23 +406,29 @@ async def load_chats(
             or_(_chat.c.started_at < instant, and_(_chat.c.started_at == instant, _chat.c.chat_id < chat_id))
         )
     return [
-        (_chat_from(row), Allowance(row.granted_us, row.used_us)) for row in (await connection.execute(query)).all()
+        (chat_from(row), Allowance(row.granted_us, row.used_us)) for row in (await connection.execute(query)).all()
     ]
 
 
-async def due_buckets(connection: AsyncConnection) -> tuple[list[int], int]:
-    """Look up the buckets with work due, and the instant of the look-up."""
+async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, int]:
+    """Look up the work due, as accounts per bucket; the instant; and since when the oldest of it is unmaterialized."""
     now: int = (await connection.execute(select(_NOW))).scalar_one()
-    rows = await connection.execute(
-        select(_account.c.bucket, func.count()).where(_account.c.due_at <= bindparam("now", now, tables.Instant)).group_by(_account.c.bucket)
-    )
-    return sorted(row.bucket for row in rows), now
+    rows = (
+        await connection.execute(
+            select(_account.c.bucket, func.count(), func.min(_account.c.materialized_through))
+            .where(_account.c.due_at <= bindparam("now", now, tables.Instant))
+            .group_by(_account.c.bucket)
+            .order_by(_account.c.bucket)
+        )
+    ).all()
+    return {bucket: count for bucket, count, _ in rows}, now, min((oldest for *_, oldest in rows), default=now)
 
 
 # --- rows and values --------------------------------------------------------------------------------------------------
 
 
-def _chat_from(row: Row[Any]) -> Chat:
+def chat_from(row: Row[Any]) -> Chat:
+    """Return the value of a row of `chat`."""
     return Chat(
         chat_id=row.chat_id,
         advisor_id=row.advisor_id,

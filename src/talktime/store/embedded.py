@@ -15,6 +15,8 @@ it even if it may not walk the path to it: this is how root, as whom PostgreSQL 
 home, without a capability and without opening a parent folder.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import hashlib
@@ -92,7 +94,7 @@ class _Server:
         # A path that is too long, or that libpq or a URL would read otherwise, gets a stand-in.
         if len(os.fsencode(self.data / _SOCKET)) > _SOCKET_PATH_BYTES_MAX or re.search(r"[^A-Za-z0-9_./-]", str(self.data)):
             digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()
-            self.socket_folder = Path(f"/tmp/talktime-{digest[:16]}")  # noqa: S108  checked in _server_side_socket_folder
+            self.socket_folder = Path(f"/tmp/talktime-{digest[:16]}")  # noqa: S108  checked before it is used
 
     def enter(self) -> int:
         """Make the server run and return the descriptor that counts this process among its users."""
@@ -138,11 +140,12 @@ class _Server:
             self._run("initdb", *locale, *access, "--no-instructions", folder=folder)
 
     def _start(self) -> None:
+        options = f"-c listen_addresses= -c max_connections=100 -k {self._server_side_socket_folder()}"
         patient_until = time.monotonic() + _RESTART_S
         while not self._answers():
             if not self._is_alive():
                 self._disown_remains()
-            options = f"-c listen_addresses= -c max_connections=100 -k {self._server_side_socket_folder()}"
+                self._bound_log()
             try:
                 self._run("pg_ctl", "start", "-s", "-w", f"-t{_ANSWER_S}", "-o", options, folder=self.data)
             except EmbeddedDatabaseError:
@@ -186,6 +189,10 @@ class _Server:
             pid_file.write(f"{_NO_PID}{newline}{rest}")
         (self.socket_folder / f"{_SOCKET}.lock").unlink(missing_ok=True)
 
+    def _bound_log(self) -> None:
+        if self.log.exists() and self.log.stat().st_size > _LOG_BYTES_MAX:
+            self.log.replace(self.log.with_suffix(".log.1"))
+
     def _server_side_socket_folder(self) -> str:
         """Return the socket folder as the server is told it. One in /tmp is made, or refused if it is not ours alone."""
         if self.socket_folder == self.data:
@@ -207,10 +214,15 @@ class _Server:
                 connection.execute(f"CREATE DATABASE {_NAME}")
 
     def _stop(self) -> None:
+        if not self._is_alive():
+            return
         for how in ("fast", "immediate"):
             if self._is_alive():
                 with suppress(EmbeddedDatabaseError):
                     self._run("pg_ctl", "stop", "-s", "-w", "-m", how, folder=self.data)
+        if self._is_alive():
+            message = f"the PostgreSQL of {self.home} does not stop (more in {self.log})"
+            raise EmbeddedDatabaseError(message)
         if self.socket_folder != self.data:
             with suppress(OSError):
                 self.socket_folder.rmdir()

@@ -123,7 +123,7 @@ async def find_entry(connection: AsyncConnection, user_id: str, key: str) -> Led
             )
         )
     ).one_or_none()
-    return None if row is None else _entry_from(row)
+    return None if row is None else entry_from(row)
 
 
 async def load_entries(
@@ -138,7 +138,7 @@ async def load_entries(
     )
     if before is not None:
         query = query.where(_entry.c.number < before)
-    return [_entry_from(row) for row in (await connection.execute(query)).all()]
+    return [entry_from(row) for row in (await connection.execute(query)).all()]
 
 
 async def load_segments(
@@ -179,7 +179,8 @@ async def load_card(connection: AsyncConnection, advisor_id: str) -> RateCard | 
     return None if row is None else RateCard(Tariff(row.rate, row.first_us, row.increment_us), row.free_us)
 
 
-def _entry_from(row: Row[Any]) -> LedgerEntry:
+def entry_from(row: Row[Any]) -> LedgerEntry:
+    """Return the value of a row of `ledger_entry`."""
     return LedgerEntry(
         user_id=row.user_id,
         number=row.number,

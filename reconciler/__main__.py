@@ -1,0 +1,134 @@
+"""``python -m reconciler``: parse, wire, run, exit code."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from reconciler.audit import Audit, audit
+from reconciler.sweep import Pass, repeat, sweep
+from talktime.errors import DatabaseUnavailable, SettingError
+from talktime.settings import load_settings
+from talktime.store.database import Database
+from talktime.store.embedded import provide_database
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+log = logging.getLogger("reconciler")
+
+DONE, SOME_FAILED, BAD_USE = 0, 1, 2
+NO_DATABASE = os.EX_TEMPFAIL  # 75: cron and systemd read it as "try again later"
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") -> int:
+    """Run the reconciler; returns the exit code."""
+    try:
+        settings = load_settings()
+        options = _parser(prog, settings.reconcile_us / 1_000_000).parse_args(argv)
+    except SettingError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return BAD_USE
+    # Lines for a log; a terminal that shows a progress bar needs only the trouble.
+    on_terminal = sys.stderr.isatty() and options.every is None and options.duration is None
+    logging.basicConfig(
+        level=logging.WARNING if on_terminal else logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s"
+    )
+    settings = settings if options.home is None else replace(settings, home=options.home.expanduser().absolute())
+    # Until the loop's own handler is in place, a SIGTERM unwinds the stack, so that what was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with provide_database(settings.database_url, settings.home) as url:
+            return asyncio.run(_run(options, Database(url, pool_size=2), on_terminal=on_terminal))
+    except DatabaseUnavailable as error:
+        log.error("%s", error)  # noqa: TRY400 - an expected end, told in one line
+        return NO_DATABASE
+
+
+def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Materialize durations and credits of all chats that are due: one pass, unless told otherwise.",
+        epilog="exit codes: 0 done, 1 some account failed or the audit found a difference, 2 bad use, 75 no database",
+    )
+    parser.add_argument(
+        "--every",
+        type=_seconds,
+        metavar="SECONDS",
+        nargs="?",
+        const=default_every_s,
+        help=f"repeat, a pass every SECONDS (without a number: TALKTIME_RECONCILE_SECONDS, now {default_every_s:g})",
+    )
+    parser.add_argument(
+        "--for",
+        dest="duration",
+        type=_seconds,
+        metavar="SECONDS",
+        help="repeat, and end after SECONDS (60 suits a crontab line: once a minute, four passes)",
+    )
+    parser.add_argument("--audit", action="store_true", help="check what is stored instead, and print each difference")
+    parser.add_argument("--home", type=Path, help="folder of the embedded PostgreSQL, where no database URL is set")
+    parser.set_defaults(default_every=default_every_s)
+    return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        message = f"must be a number of seconds above 0, not {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return seconds
+
+
+async def _run(options: argparse.Namespace, database: Database, *, on_terminal: bool) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        made: Audit | Pass
+        if options.audit:
+            made = await _with_progress(
+                "auditing", on_terminal, lambda progress: audit(database, stop, report=print, progress=progress)
+            )
+            log.info("%s", made)
+        elif options.every is not None or options.duration is not None:
+            every_s = options.every or options.default_every
+            made = await repeat(database, stop, every_s=every_s, for_s=options.duration)
+        else:
+            made = await _with_progress(
+                "materializing", on_terminal, lambda progress: sweep(database, stop, progress=progress)
+            )
+            log.info("%s", made)
+        return SOME_FAILED if made.failed else DONE
+    finally:
+        await database.close()
+
+
+async def _with_progress(
+    what: str, on_terminal: bool, run: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, T]]
+) -> T:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        return await run(lambda done, total: bar.update(task, completed=done, total=total))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

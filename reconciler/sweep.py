@@ -1,0 +1,156 @@
+"""Passes: write every due account as it stands now, in batches inside buckets, each batch one transaction.
+
+Any number of reconcilers may run at once: an account that another one holds is skipped, and so is one that was
+materialized since the pass began. A pass that is killed loses the batch in hand, which the next one derives again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pendulum
+
+from talktime import operations
+from talktime.errors import DatabaseUnavailable
+from talktime.operations import BatchFailed
+
+if TYPE_CHECKING:
+    from talktime.store.database import Database
+
+log = logging.getLogger("reconciler")
+
+BATCH_ACCOUNTS = 500
+
+
+@dataclass(slots=True)
+class Pass:
+    """What a pass did: accounts and chats written, accounts that could not be, and its lag when it began."""
+
+    accounts: int = 0
+    chats: int = 0
+    failed: int = 0
+    lag_us: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One log line."""
+        lag = pendulum.duration(microseconds=self.lag_us).in_words()
+        return (
+            f"pass accounts={self.accounts} chats={self.chats} failed={self.failed}"
+            f' seconds={self.seconds:.3f} lag_us={self.lag_us} lag="{lag}"'
+        )
+
+
+def _no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+async def sweep(
+    database: Database,
+    stop: asyncio.Event,
+    *,
+    progress: Callable[[int, int], None] = _no_progress,
+    batch_accounts: int = BATCH_ACCOUNTS,
+) -> Pass:
+    """Make one pass, or, once `stop` is set, as much of it as the batch in hand.
+
+    `progress` is called with the accounts done and the accounts due. An account that cannot be written is logged and
+    counted; its neighbours are not held up.
+
+    Raises:
+        DatabaseUnavailable: no answer from the database.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    buckets, now, oldest = await operations.due(database)
+    made = Pass(lag_us=now - oldest)
+    total = sum(buckets.values())
+    progress(0, total)
+    order = list(buckets)
+    # Reconcilers that start at the same moment begin at different places.
+    turn = random.randrange(len(order)) if order else 0  # noqa: S311 - spreads work, guards nothing
+    for bucket in order[turn:] + order[:turn]:
+        await _sweep_bucket(
+            database, bucket, now, made, stop, progress=lambda done: progress(done, total), limit=batch_accounts
+        )
+        if stop.is_set():
+            break
+    made.seconds = loop.time() - began
+    return made
+
+
+async def _sweep_bucket(
+    database: Database,
+    bucket: int,
+    before: int,
+    made: Pass,
+    stop: asyncio.Event,
+    *,
+    progress: Callable[[int], None],
+    limit: int,
+) -> None:
+    after: str | None = ""
+    singly_through = ""
+    while after is not None and not stop.is_set():
+        singly = after < singly_through
+        try:
+            accounts, chats, after = await operations.materialize(
+                database, bucket, after=after, before=before, limit=1 if singly else limit
+            )
+        except BatchFailed as failure:
+            if len(failure.user_ids) > 1:
+                singly_through = failure.user_ids[-1]
+                continue
+            made.failed += 1
+            after = failure.user_ids[0]
+            log.exception("account %r of bucket %d cannot be materialized", after, bucket)
+        else:
+            made.accounts += accounts
+            made.chats += chats
+            progress(made.accounts)
+
+
+async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for_s: float | None = None) -> Pass:
+    """Make a pass every `every_s` seconds until `stop` is set, or until `for_s` seconds are over.
+
+    A pass that takes longer than its period is followed by the next at once. While the database is away, passes fail
+    and are logged, and go on when it is back. Returns the sum of all passes.
+
+    Raises:
+        DatabaseUnavailable: the last pass before the end found no database.
+    """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    due = began
+    sum_of = Pass()
+    unavailable: DatabaseUnavailable | None = None
+    while not stop.is_set() and (for_s is None or due < began + for_s):
+        try:
+            made = await sweep(database, stop)
+        except DatabaseUnavailable as error:
+            unavailable = error
+            log.error("pass failed: %s", error)  # noqa: TRY400 - the traceback says no more
+        else:
+            unavailable = None
+            log.info("%s", made)
+            if made.seconds > every_s:
+                log.warning("the pass took longer than its period of %g s; the next one starts at once", every_s)
+            sum_of.accounts += made.accounts
+            sum_of.chats += made.chats
+            sum_of.failed += made.failed
+        due = max(due + every_s, loop.time())
+        if for_s is not None and due >= began + for_s:
+            break
+        try:
+            async with asyncio.timeout(due - loop.time()):
+                await stop.wait()
+        except TimeoutError:
+            pass
+    if unavailable is not None:
+        raise unavailable
+    return sum_of

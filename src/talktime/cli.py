@@ -1,0 +1,212 @@
+"""The `talktime` command."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
+from talktime.settings import Settings, load_settings
+from talktime.store.database import Database
+from talktime.store.embedded import provide_database
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from litestar import Litestar
+
+FAILED, BAD_USE = 1, 2
+NO_DATABASE = os.EX_TEMPFAIL
+LOOPBACK = "127.0.0.1"
+DEFAULT_PORT = 8000
+SHUTDOWN_SECONDS_MAX = 10
+
+
+class PortInUse(TalktimeError):
+    """Something else listens there."""
+
+    def __init__(self, host: str, port: int, reason: str) -> None:
+        super().__init__(f"cannot listen on {host} port {port}: {reason}; choose another with --port")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["reconcile"]:
+        from reconciler.__main__ import main as reconcile  # noqa: PLC0415 - only this command needs it
+
+        return reconcile(arguments[1:], prog="talktime reconcile")
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Until a server's own handlers are in place, a SIGTERM unwinds the stack, so that what was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        settings = load_settings()
+        if options.home is not None:
+            settings = replace(settings, home=options.home.expanduser().absolute())
+        run = {"up": _up, "serve": _serve, "migrate": _migrate}[options.command]
+        run(settings, options)
+    except SettingError as error:
+        print(f"talktime: {error}", file=sys.stderr)
+        return BAD_USE
+    except TalktimeError as error:
+        print(f"talktime: {error}", file=sys.stderr)
+        return NO_DATABASE if isinstance(error, DatabaseUnavailable) else FAILED
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="talktime", description="Exact metering for chats that are paid by the minute."
+    )
+    parser.add_argument("--version", action="version", version=f"talktime {version('talktime')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="start all of it on this machine: database, migrations, API, reconciler")
+    serve = commands.add_parser("serve", help="start the API alone")
+    migrate = commands.add_parser("migrate", help="bring the database to the newest schema")
+    commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
+    for command in (up, serve, migrate):
+        command.add_argument(
+            "--home", type=Path, help="folder for data and the service key (default: TALKTIME_HOME, else the user's)"
+        )
+    for command in (up, serve):
+        command.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
+    serve.add_argument("--host", default=LOOPBACK, help="address to listen on (default: loopback only)")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
+        message = f"must be a number from 0 to 65535, not {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
+
+
+def _up(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime.store.schema import upgrade  # noqa: PLC0415 - Alembic is slow to import
+
+    with _listening(LOOPBACK, options.port) as listener, provide_database(settings.database_url, settings.home) as url:
+        upgrade(url)
+        key = _service_key(settings)
+        asyncio.run(_run(settings, key, listener, Database(url), reconciling=Database(url, pool_size=2)))
+
+
+def _serve(settings: Settings, options: argparse.Namespace) -> None:
+    with (
+        _listening(options.host, options.port) as listener,
+        provide_database(settings.database_url, settings.home) as url,
+    ):
+        asyncio.run(_run(settings, _service_key(settings), listener, Database(url), reconciling=None))
+
+
+def _migrate(settings: Settings, _: argparse.Namespace) -> None:
+    from talktime.store.schema import upgrade  # noqa: PLC0415 - Alembic is slow to import
+
+    with provide_database(settings.database_url, settings.home) as url:
+        upgrade(url)
+    print("the database has the newest schema")
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind before anything else is started, so that a taken port costs nothing and is told plainly."""
+    try:
+        listener = socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise PortInUse(host, port, error.strerror or str(error)) from None
+    with listener:
+        yield listener
+
+
+def _service_key(settings: Settings) -> str:
+    """Return the key of the environment, else the one kept in the home folder, made there if there is none."""
+    if settings.service_key is not None:
+        return settings.service_key
+    path = settings.home / "service_key"
+    settings.home.mkdir(parents=True, exist_ok=True)
+    # Written aside and linked: two starts at once agree on one key, and a crash leaves a whole key or none.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # noqa: PTH123 - opener
+        file.write(secrets.token_urlsafe(32) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(FileExistsError):
+        os.link(fresh, path)
+    fresh.unlink()
+    return path.read_text().strip()
+
+
+async def _run(
+    settings: Settings, key: str, listener: socket.socket, database: Database, *, reconciling: Database | None
+) -> None:
+    """Serve the API until SIGINT or SIGTERM, with passes beside it if there is a database for them."""
+    import uvicorn  # noqa: PLC0415 - not every command needs it
+
+    from talktime.api.app import create_app  # noqa: PLC0415 - Litestar is slow to import
+
+    class Server(uvicorn.Server):
+        """Uvicorn without its signal handlers: ours stop the passes as well."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    app: Litestar = create_app(settings, key, lambda: database)
+    server = Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX
+        )
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    stop = asyncio.Event()
+
+    def stop_all() -> None:
+        stop.set()
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop_all)
+    async with asyncio.TaskGroup() as tasks:
+        serving = tasks.create_task(server.serve(sockets=[listener]))
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            _announce(settings, key, listener)
+        if reconciling is not None:
+            tasks.create_task(_reconcile(settings, reconciling, stop))
+        await serving
+        stop.set()
+
+
+def _announce(settings: Settings, key: str, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    print(f"talktime {version('talktime')}")
+    print(f"listening on http://{host}:{port}")
+    print(f"documentation at http://{host}:{port}/schema")
+    print("data in " + (str(settings.home) if settings.database_url is None else settings.database_url.render_as_string()))
+    print(f"service key: {key}", flush=True)
+
+
+async def _reconcile(settings: Settings, database: Database, stop: asyncio.Event) -> None:
+    from reconciler.sweep import repeat  # noqa: PLC0415 - only `up` needs it
+
+    try:
+        await repeat(database, stop, every_s=settings.reconcile_us / 1_000_000)
+    except DatabaseUnavailable:
+        logging.getLogger("talktime").warning("stopping while the database is away")
+    finally:
+        await database.close()
