@@ -26,7 +26,7 @@ _REFUSALS = {
 
 
 class Pair:
-    """One user's account in both implementations. Only the meter is ever materialized, so that it cannot matter."""
+    """One user's account in both implementations."""
 
     def __init__(self, settings: Settings, card: Card, *, now: int = 1_000) -> None:
         self.now = now
@@ -42,7 +42,7 @@ class Pair:
             assert step.card is not None
             self.cards[CHATS[step.chat_id]] = step.card
         elif step.what == "materialize":
-            self.account = advance(self.account, max(self.now, self.account.at))
+            self.materialize()
         elif step.what == "fast_heartbeat":
             assert self.reference.fast_heartbeat(self.now, step.chat_id) == self._beat_fast(step.chat_id)
         elif step.what != "wait":
@@ -51,11 +51,18 @@ class Pair:
                 self.account = self._command(step)
             except errors.TalktimeError as error:
                 refusal = _REFUSALS[type(error)]
+            before = self.reference.copy()
             try:
                 self._reference_command(step)
             except tuple(_REFUSALS.values()) as error:
                 refused_by = type(error)
+                self.reference = before  # a refused command is rolled back, its instant too
             assert refusal == refused_by, step
+
+    def materialize(self) -> None:
+        """Advance both to this instant. The reference too: were the clock to step back, both must stand still."""
+        self.account = advance(self.account, max(self.now, self.account.at))
+        self.reference.advance(max(self.now, self.reference.at))
 
     def _beat_fast(self, chat_id: str) -> bool:
         # What the store's fast path does, on the state as stored. The reference has the stored state only if both

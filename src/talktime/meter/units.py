@@ -74,7 +74,7 @@ def parse_seconds(value: str | int | Decimal) -> int:
         message = "must be a number of seconds"
         raise ValueError(message) from None
     # The bound comes first: scaling 1e999999 to an integer would take the machine down.
-    if not seconds.is_finite() or abs(seconds) > MAX_FREE_US:
+    if not seconds.is_finite() or abs(seconds) > MAX_FREE_US // MICRO:
         message = "must be a finite number of seconds within a year"
         raise ValueError(message)
     scaled = seconds * MICRO

@@ -1,0 +1,182 @@
+"""Problem documents (RFC 9457): which error has which status, code and title, in one table, and how each is answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from msgspec import UNSET, Struct, UnsetType
+
+from talktime import errors
+from talktime.api.schemas import JsonResponse, ReadingBody, reading_body
+from talktime.meter.reading import Reading
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_JSON = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of problem. Its code and title never vary, so that clients can rely on them."""
+
+    status: int
+    code: str
+    title: str
+
+
+INVALID_INPUT = Kind(400, "invalid-input", "The request is not valid")
+UNAUTHORIZED = Kind(401, "unauthorized", "Authentication is required")
+FORBIDDEN = Kind(403, "forbidden", "This is not allowed")
+NOT_FOUND = Kind(404, "not-found", "There is no such path")
+METHOD_NOT_ALLOWED = Kind(405, "method-not-allowed", "This path does not take this method")
+TOO_LARGE = Kind(413, "content-too-large", "The body is too large")
+UNSUPPORTED_MEDIA_TYPE = Kind(415, "unsupported-media-type", "The body is not of a type that is taken here")
+UNAVAILABLE = Kind(503, "unavailable", "The database does not answer")
+INTERNAL = Kind(500, "internal-error", "Something went wrong on our side")
+
+DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
+    errors.InvalidInput: INVALID_INPUT,
+    errors.UserNotFound: Kind(404, "user-not-found", "The user has no account"),
+    errors.ChatNotFound: Kind(404, "chat-not-found", "The user has no such chat"),
+    errors.WrongAdvisor: Kind(409, "wrong-advisor", "The chat belongs to another advisor"),
+    errors.ChatNotActive: Kind(409, "chat-not-active", "The chat is over until it is started again"),
+    errors.InsufficientBalance: Kind(409, "insufficient-balance", "The balance is too small"),
+    errors.BalanceLimitExceeded: Kind(409, "balance-limit-exceeded", "The balance would be too large"),
+    errors.IdempotencyKeyReused: Kind(422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
+    errors.DatabaseUnavailable: UNAVAILABLE,
+}
+"""The one place where an error of the domain gets a status."""
+
+_FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
+    400: (INVALID_INPUT, "the request is not valid"),
+    401: (UNAUTHORIZED, "authentication is required"),
+    403: (FORBIDDEN, "this is not allowed"),
+    404: (NOT_FOUND, "no such path"),
+    405: (METHOD_NOT_ALLOWED, "this path does not take this method; see Allow"),
+    413: (TOO_LARGE, "the body is larger than is taken here"),
+    415: (UNSUPPORTED_MEDIA_TYPE, "the body must be application/json"),
+}
+
+KINDS: Mapping[int, Sequence[Kind]] = {
+    status: [k for k in (*(kind for kind, _ in _FRAMEWORK.values()), *DOMAIN.values(), INTERNAL) if k.status == status]
+    for status in (400, 401, 403, 404, 405, 409, 413, 415, 422, 500, 503)
+}
+"""All kinds, by status."""
+
+
+class Fault(Struct, frozen=True, omit_defaults=True):
+    """One thing that is wrong with a request, and where: in the body, the path or query, or a header."""
+
+    detail: str
+    pointer: str | UnsetType = UNSET
+    parameter: str | UnsetType = UNSET
+    header: str | UnsetType = UNSET
+
+
+class ProblemBody(Struct, frozen=True, omit_defaults=True):
+    """A problem document."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    errors: list[Fault] | UnsetType = UNSET
+    reading: ReadingBody | UnsetType = UNSET
+
+
+class Refusal(Exception):
+    """A request that the API itself turns down."""
+
+    def __init__(self, kind: Kind, detail: str, faults: Sequence[Fault] = ()) -> None:
+        self.kind = kind
+        self.detail = detail
+        self.faults = faults
+        super().__init__(detail)
+
+
+def refuse_input(*faults: Fault) -> Refusal:
+    """Return the refusal of a request with these faults."""
+    return Refusal(INVALID_INPUT, "; ".join(f"{_place_of(fault)}{fault.detail}" for fault in faults), faults)
+
+
+def _place_of(fault: Fault) -> str:
+    place = fault.pointer or fault.parameter or fault.header
+    return f"{place}: " if place else ""
+
+
+def problem(
+    kind: Kind,
+    detail: str,
+    *,
+    faults: Sequence[Fault] = (),
+    reading: ReadingBody | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response[Any]:
+    """Return the response that tells of a problem."""
+    also = {"Cache-Control": "no-store"}
+    if kind is UNAUTHORIZED:
+        also["WWW-Authenticate"] = "Bearer"
+    if kind is UNAVAILABLE:
+        also["Retry-After"] = "1"
+    body = ProblemBody(
+        type=f"urn:talktime:problem:{kind.code}",
+        title=kind.title,
+        status=kind.status,
+        code=kind.code,
+        detail=detail,
+        errors=list(faults) or UNSET,
+        reading=UNSET if reading is None else reading,
+    )
+    return JsonResponse(body, status_code=kind.status, headers={**also, **(headers or {})}, media_type=PROBLEM_JSON)
+
+
+def answer_refusal(_: Request[Any, Any, Any], error: Refusal) -> Response[Any]:
+    """Answer a request that the API turned down."""
+    return problem(error.kind, error.detail, faults=error.faults)
+
+
+def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeError) -> Response[Any]:
+    """Answer an error of the domain."""
+    kind = next((DOMAIN[cls] for cls in type(error).__mro__ if cls in DOMAIN), None)
+    if kind is None:
+        return answer_unexpected(request, error)
+    faults, reading = [], None
+    if isinstance(error, errors.InvalidInput):
+        in_body = not error.where or error.where.startswith("/")
+        faults = [Fault(error.reason, pointer=error.where) if in_body else Fault(error.reason, parameter=error.where)]
+    if isinstance(error, errors.ChatNotActive) and isinstance(error.reading, Reading):
+        reading = reading_body(error.reading, request.app.state["heartbeat_us"])
+    return problem(kind, str(error) or kind.title, faults=faults, reading=reading)
+
+
+def answer_framework_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+    """Answer an error that Litestar raised; its texts vary and quote the request, so ours stand in for them."""
+    if error.status_code not in _FRAMEWORK:
+        return answer_unexpected(request, error)
+    kind, detail = _FRAMEWORK[error.status_code]
+    faults = [_fault_of(item) for item in error.extra or () if isinstance(item, dict)]
+    if faults:
+        return answer_refusal(request, refuse_input(*faults))
+    return problem(kind, detail, headers=error.headers)
+
+
+def _fault_of(item: Mapping[str, Any]) -> Fault:
+    if item.get("key") == "data":
+        # Handlers take bodies that are decoded already, so only an absent one gets as far as here.
+        return Fault("a JSON body is required", pointer="")
+    detail = str(item.get("message", "is not valid")).replace("`", "")
+    return Fault(detail[:1].lower() + detail[1:], parameter=str(item.get("key", "")))
+
+
+def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    """Answer what should not have happened: the log tells all, the client learns nothing."""
+    # The route, not the path: ids stay out of the log.
+    route = request.scope.get("path_template", "?")
+    logger.error("unexpected error in %s %s", request.method, route, exc_info=error)
+    return problem(INTERNAL, "an unexpected error; it has been logged")
