@@ -20,8 +20,7 @@ from reconciler.audit import Audit, audit
 from reconciler.sweep import Pass, repeat, sweep
 from talktime.errors import DatabaseUnavailable, SettingError
 from talktime.settings import load_settings
-from talktime.store.database import Database
-from talktime.store.embedded import provide_database
+from talktime.store.database import Database, provide_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,6 +7,7 @@ materialized since the pass began. A pass that is killed loses the batch in hand
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Callable
@@ -126,15 +127,20 @@ async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
-    due = began
+    due_s = 0.0  # since it began, so that whole seconds add up exactly
     sum_of = Pass()
     unavailable: DatabaseUnavailable | None = None
-    while not stop.is_set() and (for_s is None or due < began + for_s):
+    while not stop.is_set() and (for_s is None or due_s < for_s):
         try:
             made = await sweep(database, stop)
         except DatabaseUnavailable as error:
             unavailable = error
             log.error("pass failed: %s", error)  # noqa: TRY400 - the traceback says no more
+        except Exception:
+            # The next pass derives everything again; whatever this was must not end the passes for good.
+            unavailable = None
+            log.exception("pass failed")
+            sum_of.failed += 1
         else:
             unavailable = None
             log.info("%s", made)
@@ -143,14 +149,12 @@ async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for
             sum_of.accounts += made.accounts
             sum_of.chats += made.chats
             sum_of.failed += made.failed
-        due = max(due + every_s, loop.time())
-        if for_s is not None and due >= began + for_s:
+        due_s = max(due_s + every_s, loop.time() - began)
+        if for_s is not None and due_s >= for_s:
             break
-        try:
-            async with asyncio.timeout(due - loop.time()):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(began + due_s):
                 await stop.wait()
-        except TimeoutError:
-            pass
     if unavailable is not None:
         raise unavailable
     return sum_of

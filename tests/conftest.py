@@ -8,10 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import URL
 
+from tests import sql_rules
 from tests.database import Clock, Databases, provided_databases, running_server, simulated_clock
 
+_SCANNED: set[str] = set()
 _DATABASE_USED = pytest.StashKey[str]()
 
 # No deadlines and no complaints about slow data: a busy machine is not a bug. `default` as the parent, because with CI
@@ -21,6 +24,14 @@ _SLOW_IS_FINE = {"deadline": None, "suppress_health_check": [HealthCheck.too_slo
 settings.register_profile("fast", _BASE, max_examples=50, **_SLOW_IS_FINE)
 settings.register_profile("thorough", _BASE, max_examples=2_000, **_SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fast"))
+
+
+@event.listens_for(Engine, "before_cursor_execute")
+def _scan(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+    """Hold every statement that a test makes the product send against the SQL rules."""
+    if statement not in _SCANNED:
+        sql_rules.check(statement)
+        _SCANNED.add(statement)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,6 @@ from talktime.store.schema import upgrade
 
 # No reaper container: it would need a second image, and `with` removes what it would. To be set before the import.
 os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
-os.environ.setdefault("TC_POOLING_INTERVAL", "0.1")
 from testcontainers.community.postgres import PostgresContainer
 from testcontainers.core.docker_client import DockerClient
 

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
 from talktime.settings import Settings, load_settings
-from talktime.store.database import Database
-from talktime.store.embedded import provide_database
+from talktime.store.database import Database, provide_database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

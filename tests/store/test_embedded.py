@@ -295,13 +295,15 @@ def test_a_process_killed_while_it_makes_the_data_is_no_obstacle(home: Path) -> 
         assert kept(url) == 42
 
 
-def test_a_half_made_data_folder_is_removed(home: Path) -> None:
-    leftover = home / "postgres.new-12345678"
-    (leftover / "base").mkdir(parents=True)
-    (leftover / "PG_VERSION").write_text("18\n")
-    with embedded_postgres(home) as url:
-        keep_a_row(url)
-    assert sorted(path.name for path in home.iterdir()) == ["postgres", "postgres.lock", "postgres.log", "postgres.users"]
+def test_a_half_made_data_folder_is_removed_also_when_there_are_data(home: Path) -> None:
+    for _ in range(2):
+        leftover = home / "postgres.new-12345678"
+        (leftover / "base").mkdir(parents=True)
+        (leftover / "PG_VERSION").write_text("18\n")
+        with embedded_postgres(home):
+            pass
+        names = sorted(path.name for path in home.iterdir())
+        assert names == ["postgres", "postgres.lock", "postgres.log", "postgres.users"]
 
 
 @pytest.mark.parametrize("name", ["long " * 30, "a, b:c@d?e=f%20&g#h\"i'$(j) ü"], ids=["long", "odd"])

@@ -1,4 +1,4 @@
-"""Problem documents (RFC 9457): which error has which status, code and title, in one table, and how each is answered."""
+"""Problem documents (RFC 9457): which error has which status, code and title, in one table; and the answers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
 }
 """The one place where an error of the domain gets a status."""
 
-_FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
+FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
     400: (INVALID_INPUT, "the request is not valid"),
     401: (UNAUTHORIZED, "authentication is required"),
     403: (FORBIDDEN, "this is not allowed"),
@@ -61,12 +61,7 @@ _FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
     413: (TOO_LARGE, "the body is larger than is taken here"),
     415: (UNSUPPORTED_MEDIA_TYPE, "the body must be application/json"),
 }
-
-KINDS: Mapping[int, Sequence[Kind]] = {
-    status: [k for k in (*(kind for kind, _ in _FRAMEWORK.values()), *DOMAIN.values(), INTERNAL) if k.status == status]
-    for status in (400, 401, 403, 404, 405, 409, 413, 415, 422, 500, 503)
-}
-"""All kinds, by status."""
+"""What Litestar refuses, by status: the kind, and what is said of it."""
 
 
 class Fault(Struct, frozen=True, omit_defaults=True):
@@ -110,6 +105,11 @@ def _place_of(fault: Fault) -> str:
     return f"{place}: " if place else ""
 
 
+def type_of(kind: Kind) -> str:
+    """Return the `type` of a problem document."""
+    return f"urn:talktime:problem:{kind.code}"
+
+
 def problem(
     kind: Kind,
     detail: str,
@@ -125,7 +125,7 @@ def problem(
     if kind is UNAVAILABLE:
         also["Retry-After"] = "1"
     body = ProblemBody(
-        type=f"urn:talktime:problem:{kind.code}",
+        type=type_of(kind),
         title=kind.title,
         status=kind.status,
         code=kind.code,
@@ -157,9 +157,9 @@ def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeE
 
 def answer_framework_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
     """Answer an error that Litestar raised; its texts vary and quote the request, so ours stand in for them."""
-    if error.status_code not in _FRAMEWORK:
+    if error.status_code not in FRAMEWORK:
         return answer_unexpected(request, error)
-    kind, detail = _FRAMEWORK[error.status_code]
+    kind, detail = FRAMEWORK[error.status_code]
     faults = [_fault_of(item) for item in error.extra or () if isinstance(item, dict)]
     if faults:
         return answer_refusal(request, refuse_input(*faults))
@@ -170,8 +170,8 @@ def _fault_of(item: Mapping[str, Any]) -> Fault:
     if item.get("key") == "data":
         # Handlers take bodies that are decoded already, so only an absent one gets as far as here.
         return Fault("a JSON body is required", pointer="")
-    detail = str(item.get("message", "is not valid")).replace("`", "")
-    return Fault(detail[:1].lower() + detail[1:], parameter=str(item.get("key", "")))
+    detail = str(item.get("message", "is not valid")).replace("`", "").replace("Expected int", "must be an integer")
+    return Fault(detail, parameter=str(item.get("key", "")))
 
 
 def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:

@@ -24,7 +24,12 @@ _ENCODER = msgspec.json.Encoder(decimal_format="number")
 _INSTANT = {"extra": {"format": "date-time"}, "examples": ["2026-11-20T19:46:10.123456Z"]}
 _CREDITS = {"extra": {"pattern": r"^-?[0-9]+\.[0-9]{6}$"}, "examples": ["12.345678"]}
 
-Instant = Annotated[str, Meta(description="RFC 3339, UTC, microseconds", extra_json_schema=_INSTANT)]
+
+def _instant(description: str) -> Meta:
+    return Meta(description=description, extra_json_schema=_INSTANT)
+
+
+Instant = Annotated[str, _instant("RFC 3339, UTC, microseconds")]
 Credits = Annotated[str, Meta(description="Credits, exact to 6 decimals", extra_json_schema=_CREDITS)]
 Seconds = Annotated[
     int | Decimal, Meta(description="Seconds, exact", extra_json_schema={"extra": {"type": "number", "one_of": None}})
@@ -68,13 +73,13 @@ class ReadingBody(Struct, frozen=True):
     balance: Credits
     tariff: TariffBody
     count_us: Annotated[int, Meta(description="Paid time in the present count")]
-    accrues_until: Instant | None
-    paid_from: Instant | None
-    free_until: Instant | None
-    exhausts_at: Instant | None
-    started_at: Instant
+    accrues_until: Annotated[str | None, _instant("Where the clock stops if no further command comes")]
+    paid_from: Annotated[str | None, _instant("From when its ticks are paid, if before `accrues_until`; else null")]
+    free_until: Annotated[str | None, _instant("The first tick that is not free, if all clocks keep running")]
+    exhausts_at: Annotated[str | None, _instant("When credits run out, if all clocks keep running; null if never")]
+    started_at: Annotated[str, _instant("The chat's first start")]
     stopped_at: Instant | None
-    stop_reason: str | None
+    stop_reason: Annotated[str | None, Meta(description="lapsed, exhausted, switched, paused or ended")]
     materialized_through: Instant
     heartbeat_seconds: Annotated[Seconds, Meta(description="How often to send a heartbeat while the clock runs")]
 
@@ -175,9 +180,7 @@ def _instant_or_null(at: int | None) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _tariff_body(tariff: Tariff) -> TariffBody:
-    return TariffBody(
-        format_credits(tariff.rate), format_seconds(tariff.first_us), format_seconds(tariff.increment_us)
-    )
+    return TariffBody(format_credits(tariff.rate), format_seconds(tariff.first_us), format_seconds(tariff.increment_us))
 
 
 def advisor_answer(advisor_id: str, card: RateCard, *, default: bool) -> AdvisorAnswer:

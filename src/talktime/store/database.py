@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import psycopg
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from talktime.errors import DatabaseUnavailable
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import URL
+from talktime.store.embedded import embedded_postgres
 
 T = TypeVar("T")
 
@@ -29,6 +30,16 @@ _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
 # (58), a lock not had in time, and a database that turned read-only behind a failover.
 _UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006")
 _NOT_MIGRATED = ("42P01", "42703")
+
+
+@contextmanager
+def provide_database(url: URL | None, home: Path) -> Iterator[URL]:
+    """Yield the URL of the database to use: the one given, else that of the embedded PostgreSQL of `home`, kept up."""
+    if url is not None:
+        yield url
+        return
+    with embedded_postgres(home) as embedded_url:
+        yield make_url(embedded_url)
 
 
 class Database:

@@ -125,6 +125,7 @@ class _Server:
             os.close(membership)
 
     def _initialize(self) -> None:
+        _remove_half_made(self.data)
         if self.data.exists():
             major = (self.data / "PG_VERSION").read_text().strip()
             if major != _MAJOR:
@@ -137,10 +138,10 @@ class _Server:
         access = (f"--username={_NAME}", "--auth-local=trust", "--auth-host=reject")
         with _made_whole(self.data) as folder:
             self._own(folder)
-            self._run("initdb", *locale, *access, "--no-instructions", folder=folder)
+            self._run("initdb", *locale, *access, "--set=max_connections=100", "--no-instructions", folder=folder)
 
     def _start(self) -> None:
-        options = f"-c listen_addresses= -c max_connections=100 -k {self._server_side_socket_folder()}"
+        options = f"-c listen_addresses= -k {self._server_side_socket_folder()}"
         patient_until = time.monotonic() + _RESTART_S
         while not self._answers():
             if not self._is_alive():
@@ -285,6 +286,7 @@ def _programs_for(account: _Account | None) -> Path:
     _COPIED_PROGRAMS.mkdir(mode=0o755, parents=True, exist_ok=True)
     with _locked(copy.with_name(f"{copy.name}.lock")):
         if not copy.exists():
+            _remove_half_made(copy)
             with _made_whole(copy) as folder:
                 _copy_programs(package, folder)
     return copy / programs
@@ -302,11 +304,15 @@ def _copy_programs(package: Path, folder: Path) -> None:
     os.sync()
 
 
+def _remove_half_made(folder: Path) -> None:
+    """Remove what killed processes left of their attempts, as far as it goes: an orphaned initdb writes on for a moment."""
+    for leftover in folder.parent.glob(f"{folder.name}.new-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 @contextmanager
 def _made_whole(folder: Path) -> Iterator[Path]:
     """Yield a side folder that takes the name `folder` when the block is done, so that no half-made one ever has it."""
-    for leftover in folder.parent.glob(f"{folder.name}.new-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # a killed process's initdb may still write there for a moment
     side = Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
     try:
         yield side

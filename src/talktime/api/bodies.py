@@ -1,19 +1,16 @@
-"""What the API takes: bodies, ids, query parameters and headers, each with what may be wrong with it.
+"""The bodies that the API takes, and what may be wrong with them.
 
-Bodies are decoded straight into structs whose fields are types of our own, so a value is exact and valid once it is
+They are decoded straight into structs whose fields are types of our own, so a value is exact and valid once it is
 there. Where that fails, the body is gone through again, member by member, to say all that is wrong and where.
 """
 
 from __future__ import annotations
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections import Counter
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache
 from typing import Any, ClassVar, TypeVar
-from urllib.parse import parse_qsl
 
 import msgspec
 from litestar import Request
@@ -21,8 +18,9 @@ from litestar.exceptions import ClientException, InternalServerException
 from litestar.openapi.spec import OpenAPIType, Schema
 from msgspec import Struct
 
+from talktime.api.params import ID_RULE, ID_SCHEMA, is_id
 from talktime.api.problems import UNSUPPORTED_MEDIA_TYPE, Fault, Refusal, refuse_input
-from talktime.meter.state import ChatState, CreditKind, RateCard, Tariff
+from talktime.meter.state import CreditKind, RateCard, Tariff
 from talktime.meter.units import (
     MAX_AMOUNT,
     MAX_BLOCK_US,
@@ -38,16 +36,10 @@ T = TypeVar("T", bound=Struct)
 
 BODY_BYTES_MAX = 1024 * 1024
 MEMO_LENGTH_MAX = 500
-PAGE_DEFAULT = 50
-PAGE_MAX = 200
-IDEMPOTENCY_KEY = "Idempotency-Key"
 
-ID_SCHEMA: dict[str, Any] = {"pattern": r"^[A-Za-z0-9\-_.:@+=~|]{1,128}$", "minLength": 1, "maxLength": 128}
-KEY_SCHEMA: dict[str, Any] = {"pattern": "^[ -~]{1,255}$", "minLength": 1, "maxLength": 255}
-
-_ID = re.compile(r"[A-Za-z0-9\-_.:@+=~|]{1,128}")
-_ID_RULE = "must be 1 to 128 characters out of letters, digits and -_.:@+=~|, and neither . nor .."
-_KEY = re.compile(r"[ -~]{1,255}")
+_NO_STRING = "must be a string"
+_NO_DECIMAL = 'must be a string that holds a decimal number, such as "12.5"'
+_NO_NUMBER = "must be a number"
 _TOO_FINE = re.compile(r"-?\d+\.\d{7,}", re.ASCII)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # More digits than this would be rounded in arithmetic, and a value too fine would pass for a whole one.
@@ -61,13 +53,13 @@ class Id(str):
     """An id of the host product."""
 
     __slots__ = ()
-    schema: ClassVar = Schema(type=OpenAPIType.STRING, pattern=ID_SCHEMA["pattern"], min_length=1, max_length=128)
+    schema: ClassVar = Schema(type=OpenAPIType.STRING, examples=["a1"], **ID_SCHEMA)
 
     @classmethod
     def parse(cls, value: object) -> Id:
-        """Take an id; ValueError if it is none."""
-        if not isinstance(value, str) or not _is_id(value):
-            raise ValueError(_ID_RULE)
+        """Take an id."""
+        if not isinstance(value, str) or not is_id(value):
+            raise ValueError(ID_RULE)
         return cls(value)
 
 
@@ -79,13 +71,11 @@ class Memo(str):
 
     @classmethod
     def parse(cls, value: object) -> Memo:
-        """Take a memo; ValueError if it is none."""
+        """Take a memo."""
         if not isinstance(value, str):
-            raise ValueError("must be a string")  # noqa: TRY004 - the decoder turns it into a fault with its place
-        if len(value) > MEMO_LENGTH_MAX:
-            raise ValueError(f"must be at most {MEMO_LENGTH_MAX} characters, not {len(value)}")
-        if _CONTROL.search(value):
-            raise ValueError("must not hold control characters")
+            raise TypeError(_NO_STRING)
+        _require(f"must be at most {MEMO_LENGTH_MAX} characters", holds=len(value) <= MEMO_LENGTH_MAX)
+        _require("must not hold control characters", holds=_CONTROL.search(value) is None)
         return cls(value)
 
 
@@ -102,10 +92,9 @@ class Rate(int):
 
     @classmethod
     def parse(cls, value: object) -> Rate:
-        """Take a rate; ValueError if it is none."""
+        """Take a rate."""
         rate = _credits(value)
-        if not 0 <= rate <= MAX_RATE:
-            raise ValueError(f"must be from 0 to {format_credits(MAX_RATE)}")
+        _require(f"must be from 0 to {format_credits(MAX_RATE)}", holds=0 <= rate <= MAX_RATE)
         return cls(rate)
 
 
@@ -123,12 +112,10 @@ class Amount(int):
 
     @classmethod
     def parse(cls, value: object) -> Amount:
-        """Take an amount; ValueError if it is none."""
+        """Take an amount."""
         amount = _credits(value)
-        if amount <= 0:
-            raise ValueError("must be more than 0")
-        if amount > MAX_AMOUNT:
-            raise ValueError(f"must be at most {format_credits(MAX_AMOUNT)}")
+        _require("must be more than 0", holds=amount > 0)
+        _require(f"must be at most {format_credits(MAX_AMOUNT)}", holds=amount <= MAX_AMOUNT)
         return cls(amount)
 
 
@@ -140,7 +127,7 @@ class FreeTime(int):
 
     @classmethod
     def parse(cls, value: object) -> FreeTime:
-        """Take a duration; ValueError if it is none."""
+        """Take a duration."""
         return cls(_duration(value, MAX_FREE_US))
 
 
@@ -152,30 +139,33 @@ class Block(int):
 
     @classmethod
     def parse(cls, value: object) -> Block:
-        """Take a duration; ValueError if it is none."""
+        """Take a duration."""
         return cls(_duration(value, MAX_BLOCK_US))
 
 
 VALUES = (Id, Memo, Rate, Amount, FreeTime, Block)
-"""The types above: each parses what JSON holds, and knows its schema."""
+"""The types above. Each knows its schema, and parses what JSON holds; ValueError or TypeError if that is none."""
+
+
+def _require(rule: str, *, holds: bool) -> None:
+    if not holds:
+        raise ValueError(rule)
 
 
 def _credits(value: object) -> int:
     if not isinstance(value, str):
-        raise ValueError('must be a string that holds a decimal number, such as "12.5"')  # noqa: TRY004 - as in Memo
-    if _TOO_FINE.fullmatch(value):
-        raise ValueError("must not have more than 6 decimals")
+        raise TypeError(_NO_DECIMAL)
+    _require("must not have more than 6 decimals", holds=_TOO_FINE.fullmatch(value) is None)
     return parse_credits(value)
 
 
 def _duration(value: object, us_max: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
-        raise ValueError("must be a number of seconds")  # noqa: TRY004 - as in Memo
-    if isinstance(value, Decimal) and len(value.as_tuple().digits) > _DIGITS_MAX:
-        raise ValueError("must not be finer than a microsecond (6 decimals)")
+        raise TypeError(_NO_NUMBER)
     seconds = Decimal(value)
-    if not seconds.is_finite() or not 0 <= seconds <= us_max // MICRO:
-        raise ValueError(f"must be from 0 to {us_max // MICRO} seconds")
+    seconds_max = us_max // MICRO
+    _require(f"must be from 0 to {seconds_max}", holds=seconds.is_finite() and 0 <= seconds <= seconds_max)
+    _require("must not be finer than a microsecond (6 decimals)", holds=len(seconds.as_tuple().digits) <= _DIGITS_MAX)
     return parse_seconds(seconds)
 
 
@@ -210,6 +200,10 @@ class StartBody(Struct, frozen=True, forbid_unknown_fields=True):
     advisor_id: Id
 
 
+BODIES = (AdvisorBody, CreditBody, StartBody)
+"""All bodies."""
+
+
 class ApiRequest(Request[Any, Any, Any]):
     """A request whose JSON is decoded into the struct that its handler takes."""
 
@@ -239,10 +233,11 @@ def decode_body(shape: type[T], raw: bytes) -> T:
         Refusal: all that is wrong with it, and where.
     """
     try:
-        return _decoder(shape).decode(raw)
+        body: T = _decoder(shape).decode(raw)
     # msgspec's errors and UnicodeDecodeError are ValueErrors; deep nesting is a RecursionError.
     except (ValueError, RecursionError):
         raise refuse_input(*_faults(shape, raw)) from None
+    return body
 
 
 @cache
@@ -311,128 +306,3 @@ def _fault_in(type_: Any, raw: bytes, pointer: str) -> Fault | None:  # noqa: AN
         steps = re.findall(r"[^.\[\]]+", place[1])
         return Fault(text[: place.start()], pointer="/".join((pointer, *steps)))
     return None
-
-
-# --- paths, queries and headers ---------------------------------------------------------------------------------------
-
-
-def _is_id(text: str) -> bool:
-    return _ID.fullmatch(text) is not None and text not in (".", "..")
-
-
-def check_ids(**ids: str) -> None:
-    """Check the ids in a path.
-
-    Raises:
-        Refusal: at least one is none.
-    """
-    faults = [Fault(_ID_RULE, parameter=name) for name, text in ids.items() if not _is_id(text)]
-    if faults:
-        raise refuse_input(*faults)
-
-
-async def check_request(request: Request[Any, Any, Any]) -> None:
-    """Check what no single parameter can tell: Litestar's hook before parameters are read.
-
-    A handler's `opt` says which query parameters it knows (`query`), and whether it takes an idempotency key (`key`:
-    "required" or "optional").
-
-    Raises:
-        Refusal: something is wrong with the path, the query or a header.
-    """
-    scope, opt = request.scope, request.route_handler.opt
-    if b"%2f" in (scope.get("raw_path") or b"").lower():
-        # The server decoded it, so that the ids may have fallen apart elsewhere than the caller thinks.
-        raise refuse_input(Fault("must not hold an encoded slash", parameter="path"))
-    faults = []
-    if scope["query_string"]:
-        known = opt.get("query", ())
-        given = Counter(name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
-        faults += [Fault("is not known here", parameter=name) for name in given if name not in known]
-        faults += [Fault("is given twice", parameter=name) for name, n in given.items() if n > 1 and name in known]
-    if "key" in opt:
-        keys = request.headers.getall(IDEMPOTENCY_KEY, [])
-        if not keys and opt["key"] == "required":
-            faults.append(Fault("is required", header=IDEMPOTENCY_KEY))
-        if len(keys) > 1:
-            faults.append(Fault("is given twice", header=IDEMPOTENCY_KEY))
-        elif keys and not _KEY.fullmatch(keys[0]):
-            faults.append(Fault("must be 1 to 255 printable ASCII characters", header=IDEMPOTENCY_KEY))
-    if faults:
-        raise refuse_input(*faults)
-
-
-def parse_state(text: str | None) -> ChatState | None:
-    """Take the state to select by.
-
-    Raises:
-        Refusal: there is no such state.
-    """
-    if text is None:
-        return None
-    try:
-        return ChatState(text)
-    except ValueError:
-        raise refuse_input(Fault(f"must be one of {', '.join(ChatState)}", parameter="state")) from None
-
-
-# A cursor names its list, so that one of another list is not taken for a place in this one.
-_NUMBER_KEY = re.compile(r"-?\d{1,18}", re.ASCII)
-_CHATS_KEY = re.compile(rf"(-?\d{{1,18}}):({_ID.pattern})", re.ASCII)
-
-
-def write_cursor(listing: str, key: int | None) -> str | None:
-    """Make the opaque cursor for the page that begins at `key`; None if there is none."""
-    return None if key is None else _encode(f"{listing}:{key}")
-
-
-def read_cursor(listing: str, cursor: str | None) -> int | None:
-    """Return the key in a cursor.
-
-    Raises:
-        Refusal: it is no cursor of this list.
-    """
-    if cursor is None:
-        return None
-    key = _decode(listing, cursor)
-    if not _NUMBER_KEY.fullmatch(key):
-        raise _bad_cursor()
-    return int(key)
-
-
-def write_chats_cursor(key: tuple[int, str] | None) -> str | None:
-    """Make the opaque cursor for a page of chats; None if there is none."""
-    return None if key is None else _encode(f"chats:{key[0]}:{key[1]}")
-
-
-def read_chats_cursor(cursor: str | None) -> tuple[int, str] | None:
-    """Return the key in a cursor of chats.
-
-    Raises:
-        Refusal: it is no such cursor.
-    """
-    if cursor is None:
-        return None
-    match = _CHATS_KEY.fullmatch(_decode("chats", cursor))
-    if match is None:
-        raise _bad_cursor()
-    return int(match[1]), match[2]
-
-
-def _encode(text: str) -> str:
-    return urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _decode(listing: str, cursor: str) -> str:
-    try:
-        text = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
-    except ValueError:
-        raise _bad_cursor() from None
-    # Only what was written here is read: base64 has several spellings of the same bytes.
-    if not text.startswith(f"{listing}:") or _encode(text) != cursor:
-        raise _bad_cursor()
-    return text.removeprefix(f"{listing}:")
-
-
-def _bad_cursor() -> Refusal:
-    return refuse_input(Fault("must be the `next` of an earlier page of this list", parameter="cursor"))

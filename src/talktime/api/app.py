@@ -1,0 +1,117 @@
+"""The application: its routes, what goes around requests, and the lifetime of its database."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from litestar import Litestar, Request, Response, get
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from talktime import operations
+from talktime.api.auth import Gate
+from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
+from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
+from talktime.api.metrics import Meters, MetricsConfig
+from talktime.api.problems import (
+    Refusal,
+    answer_domain_error,
+    answer_framework_error,
+    answer_refusal,
+    answer_unexpected,
+)
+from talktime.api.routes import v1_router
+from talktime.api.schemas import Health, JsonResponse
+from talktime.errors import DatabaseUnavailable, TalktimeError
+from talktime.operations import Service
+from talktime.settings import Settings
+from talktime.store.database import Database
+
+
+def create_app(settings: Settings, service_key: str, open_database: Callable[[], Database]) -> Litestar:
+    """Make the application.
+
+    It opens the database when it starts and closes it when it shuts down. A database that cannot be reached does not
+    keep it from starting: requests are answered with 503 until it can.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        database = open_database()
+        try:
+            app.state["service"] = Service(
+                database=database, policy=settings.policy, default_card=settings.default_card
+            )
+            yield
+        finally:
+            await database.close()
+
+    gate = Gate(service_key)
+    metrics = MetricsConfig()
+
+    def answer_unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
+        """Answer Litestar's own errors. Where no route was found no guard has been asked, so the gate is, here."""
+        if "route_handler" not in request.scope and request.scope["path"].startswith("/v1/"):
+            try:
+                gate.identify(request.scope["headers"])
+            except Refusal as refusal:
+                return answer_refusal(request, refusal)
+        return answer_framework_error(request, error)
+
+    return Litestar(
+        route_handlers=[v1_router(gate), livez, readyz, metrics_page],
+        lifespan=[lifespan],
+        state=State({"heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
+        middleware=[metrics.middleware],
+        request_class=ApiRequest,
+        request_max_body_size=BODY_BYTES_MAX,
+        exception_handlers={
+            Refusal: answer_refusal,
+            TalktimeError: answer_domain_error,
+            HTTPException: answer_unrouted,
+            Exception: answer_unexpected,
+        },
+        openapi_config=openapi_config(),
+        plugins=[SCHEMA_PLUGIN],
+        # Litestar's logging would reconfigure the root logger of whoever made the application; and its debug pages,
+        # which the environment can switch on, show a stranger the code.
+        logging_config=None,
+        debug=False,
+        pdb_on_exception=False,
+    )
+
+
+@get(
+    "/livez",
+    summary="Is the process alive?",
+    description="Always, if it answers at all.",
+    tags=["operations"],
+    response_class=JsonResponse,
+)
+async def livez() -> Health:
+    """Tell that the process is alive."""
+    return Health("alive")
+
+
+@get(
+    "/readyz",
+    summary="Can requests be served?",
+    description="Asks the database.",
+    tags=["operations"],
+    response_class=JsonResponse,
+    responses=problems(DatabaseUnavailable),
+)
+async def readyz(request: ApiRequest) -> Health:
+    """Tell whether requests can be served."""
+    await operations.ready(cast("Service", request.app.state["service"]))
+    return Health("ready")
+
+
+@get("/metrics", include_in_schema=False, sync_to_thread=True)
+def metrics_page(request: ApiRequest) -> Response[bytes]:
+    """Return the meters in Prometheus' text format."""
+    meters = cast("Meters", request.app.state["meters"])
+    return Response(generate_latest(meters.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

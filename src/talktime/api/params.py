@@ -1,0 +1,149 @@
+"""Ids in paths, query parameters, cursors and headers, and what may be wrong with them."""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections import Counter
+from typing import Any
+from urllib.parse import parse_qsl
+
+from litestar import Request
+
+from talktime.api.problems import Fault, Refusal, refuse_input
+from talktime.meter.state import ChatState
+
+PAGE_DEFAULT = 50
+PAGE_MAX = 200
+IDEMPOTENCY_KEY = "Idempotency-Key"
+
+ID_SCHEMA: dict[str, Any] = {"pattern": r"^(?!\.\.?$)[A-Za-z0-9_.:@+=~|-]{1,128}$", "min_length": 1, "max_length": 128}
+KEY_SCHEMA: dict[str, Any] = {"pattern": "^[ -~]{1,255}$", "min_length": 1, "max_length": 255}
+
+ID_RULE = "must be 1 to 128 characters out of letters, digits and -_.:@+=~|, and neither . nor .."
+
+_ID = re.compile(r"[A-Za-z0-9_.:@+=~|-]{1,128}")
+_KEY = re.compile(r"[ -~]{1,255}")
+
+
+def is_id(text: str) -> bool:
+    """Tell whether this is an id of the host product."""
+    return _ID.fullmatch(text) is not None and text not in (".", "..")
+
+
+def check_ids(**ids: str) -> None:
+    """Check the ids in a path.
+
+    Raises:
+        Refusal: at least one is none.
+    """
+    faults = [Fault(ID_RULE, parameter=name) for name, text in ids.items() if not is_id(text)]
+    if faults:
+        raise refuse_input(*faults)
+
+
+async def check_request(request: Request[Any, Any, Any]) -> None:
+    """Check what no single parameter can tell: Litestar's hook before parameters are read.
+
+    A handler's `opt` says which query parameters it knows (`query`), and whether it takes an idempotency key (`key`:
+    "required" or "optional").
+
+    Raises:
+        Refusal: something is wrong with the path, the query or a header.
+    """
+    scope, opt = request.scope, request.route_handler.opt
+    if b"%2f" in (scope.get("raw_path") or b"").lower():
+        # The server decoded it, so that the ids may have fallen apart elsewhere than the caller thinks.
+        raise refuse_input(Fault("must not hold an encoded slash", parameter="path"))
+    faults = []
+    if scope["query_string"]:
+        known = opt.get("query", ())
+        given = Counter(name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        faults += [Fault("is not known here", parameter=name) for name in given if name not in known]
+        faults += [Fault("is given twice", parameter=name) for name, n in given.items() if n > 1 and name in known]
+    if "key" in opt:
+        keys = request.headers.getall(IDEMPOTENCY_KEY, [])
+        if not keys and opt["key"] == "required":
+            faults.append(Fault("is required", header=IDEMPOTENCY_KEY))
+        if len(keys) > 1:
+            faults.append(Fault("is given twice", header=IDEMPOTENCY_KEY))
+        elif keys and not _KEY.fullmatch(keys[0]):
+            faults.append(Fault("must be 1 to 255 printable ASCII characters", header=IDEMPOTENCY_KEY))
+    if faults:
+        raise refuse_input(*faults)
+
+
+def parse_state(text: str | None) -> ChatState | None:
+    """Take the state to select by.
+
+    Raises:
+        Refusal: there is no such state.
+    """
+    if text is None:
+        return None
+    try:
+        return ChatState(text)
+    except ValueError:
+        raise refuse_input(Fault(f"must be one of {', '.join(ChatState)}", parameter="state")) from None
+
+
+# A cursor names its list, so that one of another list is not taken for a place in this one.
+_NUMBER_KEY = re.compile(r"-?\d{1,18}", re.ASCII)
+_CHATS_KEY = re.compile(rf"(-?\d{{1,18}}):({_ID.pattern})", re.ASCII)
+
+
+def write_cursor(listing: str, key: int | None) -> str | None:
+    """Make the opaque cursor for the page that begins at `key`; None if there is none."""
+    return None if key is None else _encode(f"{listing}:{key}")
+
+
+def read_cursor(listing: str, cursor: str | None) -> int | None:
+    """Return the key in a cursor.
+
+    Raises:
+        Refusal: it is no cursor of this list.
+    """
+    if cursor is None:
+        return None
+    key = _decode(listing, cursor)
+    if not _NUMBER_KEY.fullmatch(key):
+        raise _bad_cursor()
+    return int(key)
+
+
+def write_chats_cursor(key: tuple[int, str] | None) -> str | None:
+    """Make the opaque cursor for a page of chats; None if there is none."""
+    return None if key is None else _encode(f"chats:{key[0]}:{key[1]}")
+
+
+def read_chats_cursor(cursor: str | None) -> tuple[int, str] | None:
+    """Return the key in a cursor of chats.
+
+    Raises:
+        Refusal: it is no such cursor.
+    """
+    if cursor is None:
+        return None
+    match = _CHATS_KEY.fullmatch(_decode("chats", cursor))
+    if match is None:
+        raise _bad_cursor()
+    return int(match[1]), match[2]
+
+
+def _encode(text: str) -> str:
+    return urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _decode(listing: str, cursor: str) -> str:
+    try:
+        text = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode("ascii")
+    except ValueError:
+        raise _bad_cursor() from None
+    # Only what was written here is read: base64 has several spellings of the same bytes.
+    if not text.startswith(f"{listing}:") or _encode(text) != cursor:
+        raise _bad_cursor()
+    return text.removeprefix(f"{listing}:")
+
+
+def _bad_cursor() -> Refusal:
+    return refuse_input(Fault("must be the `next` of an earlier page of this list", parameter="cursor"))

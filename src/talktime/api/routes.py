@@ -1,0 +1,357 @@
+"""The routes under /v1, one handler per use case.
+
+Bodies, queries and headers are valid when a handler is called; it checks the ids in its path. What is raised on the way
+is answered by `talktime.api.problems`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from litestar import Router, get, post, put
+from litestar.datastructures import CacheControlHeader
+from litestar.openapi.spec import OpenAPIType
+from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParameter
+
+from talktime import operations
+from talktime.api.auth import SECURITY_SCHEME, Gate
+from talktime.api.bodies import AdvisorBody, ApiRequest, CreditBody, StartBody
+from talktime.api.docs import problems
+from talktime.api.params import (
+    ID_SCHEMA,
+    IDEMPOTENCY_KEY,
+    KEY_SCHEMA,
+    PAGE_DEFAULT,
+    PAGE_MAX,
+    check_ids,
+    check_request,
+    parse_state,
+    read_chats_cursor,
+    read_cursor,
+    write_chats_cursor,
+    write_cursor,
+)
+from talktime.api.schemas import (
+    AccountAnswer,
+    AdvisorAnswer,
+    JsonResponse,
+    LedgerEntryBody,
+    LedgerPage,
+    ReadingBody,
+    ReadingPage,
+    SegmentPage,
+    account_answer,
+    advisor_answer,
+    ledger_entry_body,
+    reading_body,
+    segment_body,
+)
+from talktime.errors import (
+    BalanceLimitExceeded,
+    ChatNotActive,
+    ChatNotFound,
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    InsufficientBalance,
+    UserNotFound,
+    WrongAdvisor,
+)
+from talktime.meter.reading import Reading
+from talktime.meter.state import ChatState
+from talktime.operations import Service
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+AdvisorId = Annotated[str, PathParameter(description="The advisor's id", schema_extra=ID_SCHEMA)]
+UserId = Annotated[str, PathParameter(description="The user's id", schema_extra=ID_SCHEMA)]
+ChatId = Annotated[str, PathParameter(description="The chat's id, unique for this user", schema_extra=ID_SCHEMA)]
+Limit = Annotated[int, QueryParameter(description="How many items a page has at most", ge=1, le=PAGE_MAX)]
+Cursor = Annotated[str | None, QueryParameter(description="The `next` of the page before")]
+State = Annotated[
+    str | None,
+    QueryParameter(
+        name="state",
+        description="Only chats in this state, as it is now",
+        schema_extra={"type": OpenAPIType.STRING, "one_of": None, "enum": [state.value for state in ChatState]},
+    ),
+]
+CreditKey = Annotated[
+    str,
+    HeaderParameter(
+        name=IDEMPOTENCY_KEY,
+        description="Names this credit for ever, once per user: repeating it changes nothing and gives the same answer",
+        schema_extra=KEY_SCHEMA,
+    ),
+]
+StartKey = Annotated[
+    str | None,
+    HeaderParameter(
+        name=IDEMPOTENCY_KEY,
+        description="Names this start: repeating the chat's latest start changes nothing, so that a delayed duplicate "
+        "does not restart a paused clock",
+        schema_extra={"type": OpenAPIType.STRING, "one_of": None, **KEY_SCHEMA},
+    ),
+]
+
+_PAGED = ("limit", "cursor")
+_CHAT = "/users/{user_id:str}/chats/{chat_id:str}"
+
+
+def _service(request: ApiRequest) -> Service:
+    return cast("Service", request.app.state["service"])
+
+
+def _shown(request: ApiRequest, reading: Reading) -> ReadingBody:
+    return reading_body(reading, request.app.state["heartbeat_us"])
+
+
+# --- advisors ---------------------------------------------------------------------------------------------------------
+
+
+@put(
+    "/advisors/{advisor_id:str}",
+    summary="Set an advisor's rate card",
+    description="It holds for segments that are opened from now on, and its free time for users who have not started a "
+    "chat with this advisor yet. A clock that runs keeps its tariff.",
+    tags=["advisors"],
+    responses=problems(400, 401, 413, 415, DatabaseUnavailable),
+    opt={"body": AdvisorBody},
+)
+async def put_advisor(request: ApiRequest, advisor_id: AdvisorId, data: JSONBody[AdvisorBody]) -> AdvisorAnswer:
+    """Set an advisor's rate card."""
+    check_ids(advisor_id=advisor_id)
+    card = data.card()
+    await operations.put_advisor(_service(request), advisor_id, card)
+    return advisor_answer(advisor_id, card, default=False)
+
+
+@get(
+    "/advisors/{advisor_id:str}",
+    summary="Read an advisor's rate card",
+    description="The card in force: the advisor's own, or the default one.",
+    tags=["advisors"],
+    responses=problems(400, 401, DatabaseUnavailable),
+)
+async def get_advisor(request: ApiRequest, advisor_id: AdvisorId) -> AdvisorAnswer:
+    """Return the card in force for an advisor."""
+    check_ids(advisor_id=advisor_id)
+    card, default = await operations.get_advisor(_service(request), advisor_id)
+    return advisor_answer(advisor_id, card, default=default)
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------------
+
+
+@post(
+    "/users/{user_id:str}/credits",
+    summary="Add or take credits",
+    description="`purchase`, `grant` and `compensation` add; `refund` and `correction` take, as far as the balance "
+    "reaches. An account is made if the user has none. A repeated request gets the answer of the first.",
+    tags=["accounts"],
+    responses=problems(
+        400, 401, InsufficientBalance, BalanceLimitExceeded, 413, 415, IdempotencyKeyReused, DatabaseUnavailable
+    ),
+    opt={"body": CreditBody, "key": "required"},
+)
+async def post_credit(
+    request: ApiRequest, user_id: UserId, idempotency_key: CreditKey, data: JSONBody[CreditBody]
+) -> LedgerEntryBody:
+    """Add or take credits, once per key."""
+    check_ids(user_id=user_id)
+    entry = await operations.credit(
+        _service(request),
+        user_id,
+        kind=data.kind,
+        amount=int(data.amount),
+        memo=str(data.memo),
+        key=idempotency_key,
+    )
+    return ledger_entry_body(entry)
+
+
+@get(
+    "/users/{user_id:str}/account",
+    summary="Read a user's account",
+    description="The balance now, what the open segments have cost so far, the running chats, and when the credits "
+    "run out if these go on.",
+    tags=["accounts"],
+    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
+)
+async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
+    """Return a user's account."""
+    check_ids(user_id=user_id)
+    account = await operations.read_account(_service(request), user_id)
+    return account_answer(account, request.app.state["heartbeat_us"])
+
+
+@get(
+    "/users/{user_id:str}/ledger",
+    summary="List a user's ledger",
+    description="Newest first: what came in or was taken, and one charge for each closed segment that cost something.",
+    tags=["accounts"],
+    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
+    opt={"query": _PAGED},
+)
+async def get_ledger(
+    request: ApiRequest, user_id: UserId, limit: Limit = PAGE_DEFAULT, cursor: Cursor = None
+) -> LedgerPage:
+    """Return a page of a user's ledger."""
+    check_ids(user_id=user_id)
+    before = read_cursor("ledger", cursor)
+    entries, key = await operations.read_ledger(_service(request), user_id, before=before, limit=limit)
+    return LedgerPage([ledger_entry_body(entry) for entry in entries], write_cursor("ledger", key))
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+
+@post(
+    f"{_CHAT}/start",
+    status_code=200,
+    summary="Start a chat's clock",
+    description="Makes the chat if there is none, and the user's account too, so that free time works at once. A clock "
+    "that runs already gets a heartbeat. The user's other running chats in the exclusivity scope stop at the same "
+    "instant. The reading says whether the clock runs (`accruing`): without credits or free time it does not.",
+    tags=["chats"],
+    responses=problems(400, 401, WrongAdvisor, 413, 415, DatabaseUnavailable),
+    opt={"body": StartBody, "key": "optional"},
+)
+async def start(
+    request: ApiRequest,
+    user_id: UserId,
+    chat_id: ChatId,
+    data: JSONBody[StartBody],
+    idempotency_key: StartKey = None,
+) -> ReadingBody:
+    """Start a chat's clock."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    reading = await operations.start(
+        _service(request), user_id, chat_id, advisor_id=str(data.advisor_id), key=idempotency_key
+    )
+    return _shown(request, reading)
+
+
+@post(
+    f"{_CHAT}/heartbeat",
+    status_code=200,
+    summary="Keep a chat's clock running",
+    description="Renews the lease of a running clock and resumes a lapsed one. A paused or exhausted chat stays so. "
+    "An abandoned or ended chat answers 409 with its reading: start it again.",
+    tags=["chats"],
+    responses=problems(400, 401, ChatNotFound, ChatNotActive, DatabaseUnavailable),
+)
+async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
+    """Keep a chat's clock running."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    return _shown(request, await operations.heartbeat(_service(request), user_id, chat_id))
+
+
+@post(
+    f"{_CHAT}/pause",
+    status_code=200,
+    summary="Pause a chat",
+    description="Stops a running clock. A chat that does not run stays as it is.",
+    tags=["chats"],
+    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+)
+async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
+    """Pause a chat."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    return _shown(request, await operations.pause(_service(request), user_id, chat_id))
+
+
+@post(
+    f"{_CHAT}/stop",
+    status_code=200,
+    summary="End a chat",
+    description="The first stop wins; later ones change nothing. A start opens the chat again.",
+    tags=["chats"],
+    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+)
+async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
+    """End a chat."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    return _shown(request, await operations.stop(_service(request), user_id, chat_id))
+
+
+@get(
+    _CHAT,
+    summary="Read a chat's clock",
+    description="Changes nothing and locks nothing: poll it as often as you like.",
+    tags=["chats"],
+    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+)
+async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
+    """Return a chat's reading."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    return _shown(request, await operations.read_chat(_service(request), user_id, chat_id))
+
+
+@get(
+    "/users/{user_id:str}/chats",
+    summary="List a user's chats",
+    description="Their readings, the chat started last first.",
+    tags=["chats"],
+    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
+    opt={"query": ("state", *_PAGED)},
+)
+async def get_chats(
+    request: ApiRequest,
+    user_id: UserId,
+    in_state: State = None,
+    limit: Limit = PAGE_DEFAULT,
+    cursor: Cursor = None,
+) -> ReadingPage:
+    """Return a page of readings."""
+    check_ids(user_id=user_id)
+    wanted, after = parse_state(in_state), read_chats_cursor(cursor)
+    readings, key = await operations.read_chats(_service(request), user_id, state=wanted, after=after, limit=limit)
+    return ReadingPage([_shown(request, reading) for reading in readings], write_chats_cursor(key))
+
+
+@get(
+    f"{_CHAT}/segments",
+    summary="List a chat's segments",
+    description="The receipt: each stretch in which the clock ran, why it stopped, its free and paid time, and its "
+    "cost. Oldest first.",
+    tags=["chats"],
+    responses=problems(400, 401, UserNotFound, ChatNotFound, DatabaseUnavailable),
+    opt={"query": _PAGED},
+)
+async def get_segments(
+    request: ApiRequest, user_id: UserId, chat_id: ChatId, limit: Limit = PAGE_DEFAULT, cursor: Cursor = None
+) -> SegmentPage:
+    """Return a page of a chat's segments."""
+    check_ids(user_id=user_id, chat_id=chat_id)
+    after = read_cursor("segments", cursor)
+    segments, key = await operations.read_segments(_service(request), user_id, chat_id, after=after, limit=limit)
+    return SegmentPage([segment_body(segment) for segment in segments], write_cursor("segments", key))
+
+
+HANDLERS: list[Any] = [
+    put_advisor,
+    get_advisor,
+    post_credit,
+    get_account,
+    get_ledger,
+    start,
+    heartbeat,
+    pause,
+    stop,
+    get_chat,
+    get_chats,
+    get_segments,
+]
+
+
+def v1_router(gate: Gate) -> Router:
+    """Return the routes under /v1 behind their gate."""
+    return Router(
+        path="/v1",
+        route_handlers=HANDLERS,
+        guards=[gate],
+        before_request=check_request,
+        cache_control=CacheControlHeader(no_store=True),
+        response_class=JsonResponse,
+        security=[{SECURITY_SCHEME: []}],
+    )

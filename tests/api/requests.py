@@ -1,0 +1,50 @@
+"""The routes under /v1, and how their answers are looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from httpx import Response
+
+KEY = "a-service-key-for-tests"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+
+CARD = {"credits_per_minute": "1.5", "free_seconds": 180}
+CREDIT = {"kind": "purchase", "amount": "25"}
+START = {"advisor_id": "a1"}
+CHAT = "/v1/users/u1/chats/c1"
+
+# Each route with a request that is right.
+ROUTES: list[tuple[str, str, Any]] = [
+    ("PUT", "/v1/advisors/a1", CARD),
+    ("GET", "/v1/advisors/a1", None),
+    ("POST", "/v1/users/u1/credits", CREDIT),
+    ("GET", "/v1/users/u1/account", None),
+    ("GET", "/v1/users/u1/ledger", None),
+    ("POST", f"{CHAT}/start", START),
+    ("POST", f"{CHAT}/heartbeat", None),
+    ("POST", f"{CHAT}/pause", None),
+    ("POST", f"{CHAT}/stop", None),
+    ("GET", CHAT, None),
+    ("GET", "/v1/users/u1/chats", None),
+    ("GET", f"{CHAT}/segments", None),
+]
+
+
+def problem_of(response: Response, status: int, code: str) -> Any:
+    """Check that this is a problem document of the kind, and return it."""
+    body = response.json()
+    assert (status, code) == (response.status_code, body["code"]), body
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["cache-control"] == "no-store"
+    assert body["type"] == f"urn:talktime:problem:{code}"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["detail"]
+    return body
+
+
+def fault_of(response: Response) -> Any:
+    """Check that one thing is wrong with the request, and return it."""
+    [fault] = problem_of(response, 400, "invalid-input")["errors"]
+    return fault

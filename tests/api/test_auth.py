@@ -1,0 +1,77 @@
+"""Who gets in, and that nobody learns anything outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from litestar import Litestar
+from litestar.testing import TestClient
+
+from tests.api.requests import AUTH, KEY, ROUTES, problem_of
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_every_route_asks_for_the_key(client: TestClient[Litestar], method: str, path: str, body: Any) -> None:
+    response = client.request(method, path, json=body)
+
+    problem_of(response, 401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "Bearer",
+        "Bearer ",
+        KEY,
+        f"Basic {KEY}",
+        f"Bearer {KEY}x",
+        f"Bearer {KEY[:-1]}",
+        f"Bearer {KEY.upper()}",
+        f"Bearer {KEY} {KEY}",
+        f"Bearer,{KEY}",
+        "Bearer ключ".encode(),
+    ],
+)
+def test_a_wrong_credential_is_refused_and_not_repeated(client: TestClient[Litestar], value: str | bytes) -> None:
+    response = client.get("/v1/advisors/a1", headers={"Authorization": value})
+
+    problem_of(response, 401, "unauthorized")
+    assert KEY not in response.text
+
+
+def test_two_credentials_are_none(client: TestClient[Litestar]) -> None:
+    header = ("Authorization", f"Bearer {KEY}")
+
+    problem_of(client.get("/v1/advisors/a1", headers=[header, header]), 401, "unauthorized")
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer  "])
+def test_the_scheme_word_may_be_written_in_any_case(client: TestClient[Litestar], scheme: str) -> None:
+    problem_of(client.get("/v1/advisors/a1", headers={"Authorization": f"{scheme} {KEY}"}), 503, "unavailable")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/advisors/a%00"),
+        ("GET", "/v1/advisors/a?x=1"),
+        ("PUT", "/v1/advisors/a"),
+        ("DELETE", "/v1/advisors/a"),
+        ("GET", "/v1/nowhere"),
+        ("GET", "/v1/users/a%2Fb/account"),
+        ("OPTIONS", "/v1/advisors/a"),
+    ],
+)
+def test_authentication_comes_before_everything_else(client: TestClient[Litestar], method: str, path: str) -> None:
+    problem_of(client.request(method, path, content=b"{"), 401, "unauthorized")
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+def test_a_valid_request_reaches_the_database(client: TestClient[Litestar], method: str, path: str, body: Any) -> None:
+    response = client.request(method, path, json=body, headers={**AUTH, "Idempotency-Key": "k1"})
+
+    problem_of(response, 503, "unavailable")
+    assert response.headers["retry-after"] == "1"
