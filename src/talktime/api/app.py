@@ -16,6 +16,7 @@ from talktime.api.auth import Gate
 from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
 from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
 from talktime.api.metrics import Meters, MetricsConfig
+from talktime.api.params import check_path
 from talktime.api.problems import (
     Refusal,
     answer_domain_error,
@@ -53,10 +54,11 @@ def create_app(settings: Settings, service_key: str, open_database: Callable[[],
     metrics = MetricsConfig()
 
     def answer_unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
-        """Answer Litestar's own errors. Where no route was found no guard has been asked, so the gate is, here."""
+        """Answer Litestar's own errors. Where no route was found the gate has not been asked yet."""
         if "route_handler" not in request.scope and request.scope["path"].startswith("/v1/"):
             try:
-                gate.identify(request.scope["headers"])
+                gate.admit(request)
+                check_path(request)
             except Refusal as refusal:
                 return answer_refusal(request, refusal)
         return answer_framework_error(request, error)

@@ -1,4 +1,4 @@
-"""Who is calling. A guard on everything under /v1: it comes before the path, the query and the body are looked at.
+"""Who is calling. Asked of everything under /v1, before the path, the query and the body are looked at.
 
 So far there is one kind of caller, a service with the service key. A further kind (users and advisors with tokens of
 the host product) is a further class in `Caller`, recognized in `Gate.identify`; what a caller may do is decided where
@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from litestar.connection import ASGIConnection
-from litestar.handlers import BaseRouteHandler
+from litestar import Request
 
 from talktime.api.problems import UNAUTHORIZED, Refusal
 
@@ -38,9 +37,13 @@ class Gate:
     def __init__(self, service_key: str) -> None:
         self._service_digest = _digest(service_key.encode())
 
-    async def __call__(self, connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        """Let the request in, with its caller as `request.auth`; as a guard of Litestar."""
-        connection.scope["auth"] = self.identify(connection.scope["headers"])
+    def admit(self, request: Request[Any, Any, Any]) -> None:
+        """Let a request in, with its caller as `request.auth`.
+
+        Raises:
+            Refusal: no credential, or one that is not known.
+        """
+        request.scope["auth"] = self.identify(request.scope["headers"])
 
     def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Return who is calling.

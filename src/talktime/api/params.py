@@ -23,6 +23,7 @@ KEY_SCHEMA: dict[str, Any] = {"pattern": "^[ -~]{1,255}$", "min_length": 1, "max
 ID_RULE = "must be 1 to 128 characters out of letters, digits and -_.:@+=~|, and neither . nor .."
 
 _ID = re.compile(r"[A-Za-z0-9_.:@+=~|-]{1,128}")
+_LIMIT = re.compile(r"\d{1,9}", re.ASCII)
 _KEY = re.compile(r"[ -~]{1,255}")
 
 
@@ -42,8 +43,18 @@ def check_ids(**ids: str) -> None:
         raise refuse_input(*faults)
 
 
-async def check_request(request: Request[Any, Any, Any]) -> None:
-    """Check what no single parameter can tell: Litestar's hook before parameters are read.
+def check_path(request: Request[Any, Any, Any]) -> None:
+    """Refuse encoded slashes: the server decoded them, so the path has fallen apart elsewhere than the caller thinks.
+
+    Raises:
+        Refusal: there is one.
+    """
+    if b"%2f" in (request.scope.get("raw_path") or b"").lower():
+        raise refuse_input(Fault("must not hold an encoded slash", parameter="path"))
+
+
+def check_request(request: Request[Any, Any, Any]) -> None:
+    """Check what no single parameter can tell.
 
     A handler's `opt` says which query parameters it knows (`query`), and whether it takes an idempotency key (`key`:
     "required" or "optional").
@@ -51,10 +62,8 @@ async def check_request(request: Request[Any, Any, Any]) -> None:
     Raises:
         Refusal: something is wrong with the path, the query or a header.
     """
+    check_path(request)
     scope, opt = request.scope, request.route_handler.opt
-    if b"%2f" in (scope.get("raw_path") or b"").lower():
-        # The server decoded it, so that the ids may have fallen apart elsewhere than the caller thinks.
-        raise refuse_input(Fault("must not hold an encoded slash", parameter="path"))
     faults = []
     if scope["query_string"]:
         known = opt.get("query", ())
@@ -85,6 +94,19 @@ def parse_state(text: str | None) -> ChatState | None:
         return ChatState(text)
     except ValueError:
         raise refuse_input(Fault(f"must be one of {', '.join(ChatState)}", parameter="state")) from None
+
+
+def parse_limit(text: str | None) -> int:
+    """Take how many items a page is to have at most.
+
+    Raises:
+        Refusal: it is no such number.
+    """
+    if text is None:
+        return PAGE_DEFAULT
+    if not _LIMIT.fullmatch(text) or not 1 <= int(text) <= PAGE_MAX:
+        raise refuse_input(Fault(f"must be an integer from 1 to {PAGE_MAX}", parameter="limit"))
+    return int(text)
 
 
 # A cursor names its list, so that one of another list is not taken for a place in this one.
@@ -125,7 +147,7 @@ def read_chats_cursor(cursor: str | None) -> tuple[int, str] | None:
     if cursor is None:
         return None
     match = _CHATS_KEY.fullmatch(_decode("chats", cursor))
-    if match is None:
+    if match is None or not is_id(match[2]):
         raise _bad_cursor()
     return int(match[1]), match[2]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 from msgspec import UNSET, Struct, UnsetType
 
 from talktime import errors
@@ -160,18 +160,10 @@ def answer_framework_error(request: Request[Any, Any, Any], error: HTTPException
     if error.status_code not in FRAMEWORK:
         return answer_unexpected(request, error)
     kind, detail = FRAMEWORK[error.status_code]
-    faults = [_fault_of(item) for item in error.extra or () if isinstance(item, dict)]
-    if faults:
-        return answer_refusal(request, refuse_input(*faults))
+    if isinstance(error, ValidationException):
+        # Handlers take strings, and bodies that are decoded already: only an absent body gets as far as here.
+        return answer_refusal(request, refuse_input(Fault("a JSON body is required", pointer="")))
     return problem(kind, detail, headers=error.headers)
-
-
-def _fault_of(item: Mapping[str, Any]) -> Fault:
-    if item.get("key") == "data":
-        # Handlers take bodies that are decoded already, so only an absent one gets as far as here.
-        return Fault("a JSON body is required", pointer="")
-    detail = str(item.get("message", "is not valid")).replace("`", "").replace("Expected int", "must be an integer")
-    return Fault(detail, parameter=str(item.get("key", "")))
 
 
 def answer_unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
