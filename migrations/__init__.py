@@ -1,1 +1,1 @@
-"""Alembic migrations. Each takes its locks within a time limit, so that a waiting migration never blocks the service."""
+"""Alembic migrations. Each takes its locks within a time limit, so that a waiting one never blocks the service."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reconciler.audit import Audit, audit
-from reconciler.sweep import Pass, repeat, sweep
+from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep
 from talktime.errors import DatabaseUnavailable, SettingError
 from talktime.settings import load_settings
 from talktime.store.database import Database, provide_database
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with provide_database(settings.database_url, settings.home) as url:
-            return asyncio.run(_run(options, Database(url, pool_size=2), on_terminal=on_terminal))
+            return asyncio.run(_run(options, Database(url, pool_size=BATCHES_AT_ONCE)))
     except DatabaseUnavailable as error:
         log.error("%s", error)  # noqa: TRY400 - an expected end, told in one line
         return NO_DATABASE
@@ -95,7 +95,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-async def _run(options: argparse.Namespace, database: Database, *, on_terminal: bool) -> int:
+async def _run(options: argparse.Namespace, database: Database) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,27 +104,24 @@ async def _run(options: argparse.Namespace, database: Database, *, on_terminal: 
         made: Audit | Pass
         if options.audit:
             made = await _with_progress(
-                "auditing", on_terminal, lambda progress: audit(database, stop, report=print, progress=progress)
+                "auditing", lambda progress: audit(database, stop, report=print, progress=progress)
             )
             log.info("%s", made)
         elif options.every is not None or options.duration is not None:
             every_s = options.every or options.default_every
             made = await repeat(database, stop, every_s=every_s, for_s=options.duration)
         else:
-            made = await _with_progress(
-                "materializing", on_terminal, lambda progress: sweep(database, stop, progress=progress)
-            )
+            made = await _with_progress("materializing", lambda progress: sweep(database, stop, progress=progress))
             log.info("%s", made)
         return SOME_FAILED if made.failed else DONE
     finally:
         await database.close()
 
 
-async def _with_progress(
-    what: str, on_terminal: bool, run: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, T]]
-) -> T:
+async def _with_progress(what: str, run: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, T]]) -> T:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not on_terminal) as bar:
+    # A terminal shows the bar; elsewhere it draws nothing.
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=None)
         return await run(lambda done, total: bar.update(task, completed=done, total=total))
 

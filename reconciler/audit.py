@@ -91,15 +91,15 @@ def differences(history: History) -> Iterator[str]:
         yield from _differs(f"allowance with advisor {advisor_id!r}: used_us", used_us, free_us[advisor_id])
     yield from _ledger_differences(history)
     booked = sum(entry.amount for entry in history.entries)
-    yield from _differs("balance", account.balance, booked - open_cost, credits=True)
+    yield from _differs("balance", account.balance, booked - open_cost, money=True)
     yield from _differs("next_entry", history.next_entry, len(history.entries) + 1)
     if history.due_at != due_at(account):
         yield "due_at does not follow from the chats' states"
 
 
-def _differs(what: str, stored: int, derived: int, *, credits: bool = False) -> Iterator[str]:
+def _differs(what: str, stored: int, derived: int, *, money: bool = False) -> Iterator[str]:
     if stored != derived:
-        shown = format_credits if credits else str
+        shown = format_credits if money else str
         yield f"{what} is {shown(stored)}, derived {shown(derived)}"
 
 
@@ -110,7 +110,7 @@ def _segment_differences(chat_id: str, segments: Sequence[Segment]) -> Iterator[
             f"{name}: free and paid time", segment.free_us + segment.paid_us, segment.ended_at - segment.started_at
         )
         price = segment.tariff.cost(segment.count_us + segment.paid_us) - segment.tariff.cost(segment.count_us)
-        yield from _differs(f"{name}: cost", segment.cost, price, credits=True)
+        yield from _differs(f"{name}: cost", segment.cost, price, money=True)
     for earlier, later in pairwise(segments):
         name = f"chat {chat_id!r}: segment of {later.started_at}"
         if later.started_at < earlier.ended_at:
@@ -138,7 +138,7 @@ def _chat_differences(chat: Chat, segments: Sequence[Segment], at: int) -> Itera
             yield f"{name}: runs, though its lease had ended when it was materialized"
     yield from _differs(f"{name}: elapsed_us", chat.elapsed_us, elapsed_us)
     yield from _differs(f"{name}: free_us", chat.free_us, free_us)
-    yield from _differs(f"{name}: cost", chat.cost, cost, credits=True)
+    yield from _differs(f"{name}: cost", chat.cost, cost, money=True)
 
 
 def _ledger_differences(history: History) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _ledger_differences(history: History) -> Iterator[str]:
         name = f"ledger entry {entry.number}"
         yield from _differs(f"{name}: number", entry.number, number)
         booked += entry.amount
-        yield from _differs(f"{name}: balance_after", entry.balance_after, booked, credits=True)
+        yield from _differs(f"{name}: balance_after", entry.balance_after, booked, money=True)
         if entry.kind != CHARGE:
             if (entry.amount < 0) != CreditKind(entry.kind).takes:
                 yield f"{name}: a {entry.kind} of {format_credits(entry.amount)}"
@@ -162,6 +162,6 @@ def _ledger_differences(history: History) -> Iterator[str]:
         if segment is None:
             yield f"{name}: charges a segment that does not exist, or a second time"
         else:
-            yield from _differs(f"{name}: amount", entry.amount, -segment.cost, credits=True)
+            yield from _differs(f"{name}: amount", entry.amount, -segment.cost, money=True)
     for chat_id, started_at in uncharged:
         yield f"chat {chat_id!r}: segment of {started_at} is not charged in the ledger"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("reconciler")
 
 BATCH_ACCOUNTS = 500
+BATCHES_AT_ONCE = 3
+"""While one batch waits for the database, the next is computed; each holds a connection."""
 
 
 @dataclass(slots=True)
@@ -75,12 +77,22 @@ async def sweep(
     order = list(buckets)
     # Reconcilers that start at the same moment begin at different places.
     turn = random.randrange(len(order)) if order else 0  # noqa: S311 - spreads work, guards nothing
-    for bucket in order[turn:] + order[:turn]:
-        await _sweep_bucket(
-            database, bucket, now, made, stop, progress=lambda done: progress(done, total), limit=batch_accounts
-        )
-        if stop.is_set():
-            break
+    waiting = iter(order[turn:] + order[:turn])
+
+    async def work() -> None:
+        for bucket in waiting:
+            await _sweep_bucket(
+                database, bucket, now, made, stop, progress=lambda done: progress(done, total), limit=batch_accounts
+            )
+            if stop.is_set():
+                break
+
+    try:
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(BATCHES_AT_ONCE):
+                workers.create_task(work())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
     made.seconds = loop.time() - began
     return made
 

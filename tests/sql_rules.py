@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 from pglast import ast, parse_sql
 from pglast.enums import A_Expr_Kind, BoolExprType
 from pglast.visitors import Visitor
 
 from talktime.store.tables import metadata
+
+Node: TypeAlias = Any
+"""A node of the parser's tree: every statement has attributes of its own, so types say little here."""
 
 USER_TABLES = {name for name, table in metadata.tables.items() if "bucket" in table.c}
 GLOBAL_TABLES = set(metadata.tables) - USER_TABLES
@@ -32,11 +35,16 @@ VOLATILE = {
 }
 
 # Read-only look-ups that may go over all buckets: they group by the bucket and nothing else of a user.
-_OVER_ALL_BUCKETS = re.compile(r"SELECT account\.bucket, count\(.*GROUP BY account\.bucket( ORDER BY account\.bucket)?", re.DOTALL)
+_OVER_ALL_BUCKETS = re.compile(
+    r"SELECT account\.bucket, count\(.*GROUP BY account\.bucket( ORDER BY account\.bucket)?", re.DOTALL
+)
 
 
 class RuleBroken(AssertionError):
     """A statement breaks a rule."""
+
+    def __init__(self, rules: list[str], statement: str) -> None:
+        super().__init__(f"{'; '.join(rules)}\n{statement}")
 
 
 def check(statement: str) -> None:
@@ -47,26 +55,31 @@ def check(statement: str) -> None:
     """
     text = re.sub(r"%\(\w+\)s", "$1", statement).replace("%%", "%")
     for raw in parse_sql(text):
-        broken = list(_broken(raw.stmt, text))
+        broken = list(_broken(_statement(raw), text))
         if broken:
-            raise RuleBroken(f"{'; '.join(broken)}\n{statement}")
+            raise RuleBroken(broken, statement)
 
 
 def tables_written(statement: str) -> set[str]:
     """Return the tables that a statement writes."""
     text = re.sub(r"%\(\w+\)s", "$1", statement).replace("%%", "%")
+    statements: list[Any] = [raw.stmt for raw in parse_sql(text)]
     return {
-        raw.stmt.relation.relname
-        for raw in parse_sql(text)
-        if isinstance(raw.stmt, ast.InsertStmt | ast.UpdateStmt | ast.DeleteStmt)
+        stmt.relation.relname
+        for stmt in statements
+        if isinstance(stmt, ast.InsertStmt | ast.UpdateStmt | ast.DeleteStmt)
     }
 
 
-def _nodes(root: Any, kind: type | tuple[type, ...]) -> list[Any]:
+def _statement(raw: Node) -> Node:
+    return raw.stmt
+
+
+def _nodes(root: object, kind: type | tuple[type, ...]) -> list[Any]:
     found: list[Any] = []
 
-    class Collect(Visitor):  # type: ignore[misc] # pglast comes without types
-        def visit(self, _ancestors: Any, node: Any) -> None:
+    class Collect(Visitor):  # type: ignore[misc] # untyped, see pyproject.toml
+        def visit(self, _ancestors: object, node: object) -> None:
             if isinstance(node, kind):
                 found.append(node)
 
@@ -74,7 +87,7 @@ def _nodes(root: Any, kind: type | tuple[type, ...]) -> list[Any]:
     return found
 
 
-def _broken(stmt: Any, text: str) -> Iterator[str]:
+def _broken(stmt: Node, text: str) -> Iterator[str]:
     if isinstance(stmt, ast.MergeStmt):
         yield "MERGE"
     writes = isinstance(stmt, ast.InsertStmt | ast.UpdateStmt | ast.DeleteStmt)
@@ -91,7 +104,7 @@ def _broken(stmt: Any, text: str) -> Iterator[str]:
             yield "a locking statement names more than one table"
 
 
-def _broken_write(stmt: Any) -> Iterator[str]:
+def _broken_write(stmt: Node) -> Iterator[str]:
     for call in _nodes(stmt, ast.FuncCall):
         if call.funcname[-1].sval in VOLATILE:
             yield f"{call.funcname[-1].sval}() in a write"
@@ -109,7 +122,7 @@ def _broken_write(stmt: Any) -> Iterator[str]:
         yield "an UPDATE of the bucket"
 
 
-def _without_bucket(query: Any) -> Iterator[str]:
+def _without_bucket(query: Node) -> Iterator[str]:
     """Name the user tables of one query level for which it does not say ``bucket = $n``."""
     if isinstance(query, ast.SelectStmt):
         places = [*(query.fromClause or ())]
@@ -134,7 +147,7 @@ def _without_bucket(query: Any) -> Iterator[str]:
             yield f"no bucket = $n for {name}"
 
 
-def _pinned(condition: Any) -> Iterator[str]:
+def _pinned(condition: Node) -> Iterator[str]:
     """Name the tables whose bucket a condition pins to a value; only what AND joins counts."""
     if isinstance(condition, ast.BoolExpr) and condition.boolop == BoolExprType.AND_EXPR:
         for part in condition.args:
@@ -151,5 +164,5 @@ def _pinned(condition: Any) -> Iterator[str]:
         yield fields[-2].sval if len(fields) > 1 else ""
 
 
-def _is_value(node: Any) -> bool:
+def _is_value(node: Node) -> bool:
     return isinstance(node, ast.ParamRef | ast.A_Const) or (isinstance(node, ast.TypeCast) and _is_value(node.arg))

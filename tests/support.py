@@ -6,6 +6,8 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from reconciler.audit import audit
 from talktime.meter.state import Policy, RateCard, Scope, Tariff
 from talktime.operations import Service
@@ -25,9 +27,7 @@ ONE_A_SECOND = RateCard(Tariff(60 * CREDIT), 0)
 
 
 @asynccontextmanager
-async def open_service(
-    url: URL, *, policy: Policy = POLICY, card: RateCard = ONE_A_SECOND
-) -> AsyncIterator[Service]:
+async def open_service(url: URL, *, policy: Policy = POLICY, card: RateCard = ONE_A_SECOND) -> AsyncIterator[Service]:
     """Open a service on a database; its connections are closed at the end."""
     database = Database(url)
     try:
@@ -48,7 +48,7 @@ async def until_blocked(url: URL, count: int = 1) -> None:
             if row and row[0] >= count:
                 return
             await asyncio.sleep(0.01)
-    raise AssertionError("nobody waits for a lock")
+    pytest.fail("nobody waits for a lock")
 
 
 async def audit_lines(database: Database) -> list[str]:

@@ -6,9 +6,8 @@ Revises:
 
 from __future__ import annotations
 
-from alembic import op
 import sqlalchemy as sa
-
+from alembic import op
 
 revision = "0001"
 down_revision = None
@@ -27,9 +26,7 @@ def upgrade() -> None:
         sa.Column("next_entry", sa.BigInteger(), nullable=False),
         sa.Column("due_at", sa.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint("balance >= 0", name=op.f("ck_account_balance")),
-        sa.CheckConstraint(
-            "bucket >= 0 AND bucket < 1024", name=op.f("ck_account_bucket")
-        ),
+        sa.CheckConstraint("bucket >= 0 AND bucket < 1024", name=op.f("ck_account_bucket")),
         sa.PrimaryKeyConstraint("bucket", "user_id", name=op.f("pk_account")),
         postgresql_with={"fillfactor": 80},
     )
@@ -60,17 +57,13 @@ def upgrade() -> None:
         sa.Column("advisor_id", sa.Text(collation="C"), nullable=False),
         sa.Column("granted_us", sa.BigInteger(), nullable=False),
         sa.Column("used_us", sa.BigInteger(), nullable=False),
-        sa.CheckConstraint(
-            "used_us >= 0 AND used_us <= granted_us", name=op.f("ck_allowance_used")
-        ),
+        sa.CheckConstraint("used_us >= 0 AND used_us <= granted_us", name=op.f("ck_allowance_used")),
         sa.ForeignKeyConstraint(
             ["bucket", "user_id"],
             ["account.bucket", "account.user_id"],
             name=op.f("fk_allowance_account"),
         ),
-        sa.PrimaryKeyConstraint(
-            "bucket", "user_id", "advisor_id", name=op.f("pk_allowance")
-        ),
+        sa.PrimaryKeyConstraint("bucket", "user_id", "advisor_id", name=op.f("pk_allowance")),
         postgresql_with={"fillfactor": 80},
     )
     op.create_table(
@@ -121,9 +114,7 @@ def upgrade() -> None:
             "free_us >= 0 AND cost >= 0 AND elapsed_us >= free_us",
             name=op.f("ck_chat_totals"),
         ),
-        sa.CheckConstraint(
-            "lease_us > 0 AND abandon_after_us > lease_us", name=op.f("ck_chat_lease")
-        ),
+        sa.CheckConstraint("lease_us > 0 AND abandon_after_us > lease_us", name=op.f("ck_chat_lease")),
         sa.CheckConstraint(
             "opened_count_us >= 0 AND count_us >= opened_count_us",
             name=op.f("ck_chat_count"),
@@ -141,9 +132,7 @@ def upgrade() -> None:
         "chat",
         ["bucket", "user_id", "chat_id"],
         unique=False,
-        postgresql_where=sa.text(
-            "state IN ('running', 'lapsed', 'paused', 'exhausted')"
-        ),
+        postgresql_where=sa.text("state IN ('running', 'lapsed', 'paused', 'exhausted')"),
     )
     op.create_index(
         "ix_chat_started",
@@ -167,7 +156,9 @@ def upgrade() -> None:
         sa.Column("chat_id", sa.Text(collation="C"), nullable=True),
         sa.Column("segment_started_at", sa.TIMESTAMP(timezone=True), nullable=True),
         sa.CheckConstraint(
-            "(kind = 'charge') = (chat_id IS NOT NULL AND segment_started_at IS NOT NULL) AND (kind = 'charge') = (idempotency_key IS NULL) AND (kind = 'charge') = (request_hash IS NULL)",
+            "(kind = 'charge') = (chat_id IS NOT NULL AND segment_started_at IS NOT NULL)"
+            " AND (kind = 'charge') = (idempotency_key IS NULL)"
+            " AND (kind = 'charge') = (request_hash IS NULL)",
             name=op.f("ck_ledger_entry_source"),
         ),
         sa.CheckConstraint(
@@ -178,17 +169,13 @@ def upgrade() -> None:
             "kind IN ('purchase', 'grant', 'compensation', 'refund', 'correction', 'charge')",
             name=op.f("ck_ledger_entry_kind"),
         ),
-        sa.CheckConstraint(
-            "amount <> 0 AND balance_after >= 0", name=op.f("ck_ledger_entry_figures")
-        ),
+        sa.CheckConstraint("amount <> 0 AND balance_after >= 0", name=op.f("ck_ledger_entry_figures")),
         sa.ForeignKeyConstraint(
             ["bucket", "user_id"],
             ["account.bucket", "account.user_id"],
             name=op.f("fk_ledger_entry_account"),
         ),
-        sa.PrimaryKeyConstraint(
-            "bucket", "user_id", "number", name=op.f("pk_ledger_entry")
-        ),
+        sa.PrimaryKeyConstraint("bucket", "user_id", "number", name=op.f("pk_ledger_entry")),
         sa.UniqueConstraint(
             "bucket",
             "user_id",
@@ -233,9 +220,7 @@ def upgrade() -> None:
             ["chat.bucket", "chat.user_id", "chat.chat_id"],
             name=op.f("fk_segment_chat"),
         ),
-        sa.PrimaryKeyConstraint(
-            "bucket", "user_id", "chat_id", "started_at", name=op.f("pk_segment")
-        ),
+        sa.PrimaryKeyConstraint("bucket", "user_id", "chat_id", "started_at", name=op.f("pk_segment")),
     )
 
 
@@ -247,9 +232,7 @@ def downgrade() -> None:
     op.drop_index(
         "ix_chat_live",
         table_name="chat",
-        postgresql_where=sa.text(
-            "state IN ('running', 'lapsed', 'paused', 'exhausted')"
-        ),
+        postgresql_where=sa.text("state IN ('running', 'lapsed', 'paused', 'exhausted')"),
     )
     op.drop_table("chat")
     op.drop_table("allowance")

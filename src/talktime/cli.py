@@ -96,12 +96,13 @@ def _port(text: str) -> int:
 
 
 def _up(settings: Settings, options: argparse.Namespace) -> None:
+    from reconciler.sweep import BATCHES_AT_ONCE  # noqa: PLC0415 - only `up` needs it
     from talktime.store.schema import upgrade  # noqa: PLC0415 - Alembic is slow to import
 
     with _listening(LOOPBACK, options.port) as listener, provide_database(settings.database_url, settings.home) as url:
         upgrade(url)
         key = _service_key(settings)
-        asyncio.run(_run(settings, key, listener, Database(url), reconciling=Database(url, pool_size=2)))
+        asyncio.run(_run(settings, key, listener, Database(url), reconciling=Database(url, pool_size=BATCHES_AT_ONCE)))
 
 
 def _serve(settings: Settings, options: argparse.Namespace) -> None:
@@ -139,7 +140,7 @@ def _service_key(settings: Settings) -> str:
     settings.home.mkdir(parents=True, exist_ok=True)
     # Written aside and linked: two starts at once agree on one key, and a crash leaves a whole key or none.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:  # noqa: PTH123 - opener
+    with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(secrets.token_urlsafe(32) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -164,6 +165,11 @@ async def _run(
         def capture_signals(self) -> Iterator[None]:
             yield
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                _announce(settings, key, listener)
+
     app: Litestar = create_app(settings, key, lambda: database)
     server = Server(
         uvicorn.Config(
@@ -181,10 +187,6 @@ async def _run(
         asyncio.get_running_loop().add_signal_handler(number, stop_all)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]))
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if server.started:
-            _announce(settings, key, listener)
         if reconciling is not None:
             tasks.create_task(_reconcile(settings, reconciling, stop))
         await serving
@@ -196,7 +198,9 @@ def _announce(settings: Settings, key: str, listener: socket.socket) -> None:
     print(f"talktime {version('talktime')}")
     print(f"listening on http://{host}:{port}")
     print(f"documentation at http://{host}:{port}/schema")
-    print("data in " + (str(settings.home) if settings.database_url is None else settings.database_url.render_as_string()))
+    print(
+        "data in " + (str(settings.home) if settings.database_url is None else settings.database_url.render_as_string())
+    )
     print(f"service key: {key}", flush=True)
 
 

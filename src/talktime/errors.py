@@ -4,7 +4,6 @@
 
     TalktimeError
     ├── SettingError                 a wrong value in the environment; names the variable
-    ├── InvalidInput                 a value outside its domain; says where it stood
     ├── NotFound
     │   ├── UserNotFound
     │   └── ChatNotFound
@@ -31,15 +30,6 @@ class SettingError(TalktimeError):
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         super().__init__(f"{name}: {reason}")
-
-
-class InvalidInput(TalktimeError):
-    """A value is outside its domain. `where` is a JSON pointer into the body, or the name of a parameter."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        self.where = where
-        self.reason = reason
-        super().__init__(f"{where}: {reason}")
 
 
 class NotFound(TalktimeError):

@@ -155,14 +155,10 @@ async def pause(service: Service, user_id: str, chat_id: str) -> Reading:
 
 async def stop(service: Service, user_id: str, chat_id: str) -> Reading:
     """End a chat; see `talktime.meter.commands.stop`."""
-    return await _command(
-        service, user_id, chat_id, lambda account, now: commands.stop(account, now, chat_id=chat_id)
-    )
+    return await _command(service, user_id, chat_id, lambda account, now: commands.stop(account, now, chat_id=chat_id))
 
 
-async def credit(
-    service: Service, user_id: str, *, kind: CreditKind, amount: int, memo: str, key: str
-) -> LedgerEntry:
+async def credit(service: Service, user_id: str, *, kind: CreditKind, amount: int, memo: str, key: str) -> LedgerEntry:
     """Add or take credits once per user and key; a repeated request returns the entry that the first one made."""
 
     async def work(connection: AsyncConnection) -> LedgerEntry:
@@ -179,9 +175,7 @@ async def credit(
     return await service.database.transaction(work)
 
 
-async def _command(
-    service: Service, user_id: str, chat_id: str, command: Callable[[Account, int], Account]
-) -> Reading:
+async def _command(service: Service, user_id: str, chat_id: str, command: Callable[[Account, int], Account]) -> Reading:
     async def work(connection: AsyncConnection) -> Reading:
         locked = await accounts.lock(connection, user_id, chat_id=chat_id)
         if locked is None:
@@ -226,8 +220,6 @@ async def materialize(
     held: list[str] = []
 
     async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
-        # All of this can be derived again, so it need not wait for the disk.
-        await connection.execute(text("SET LOCAL synchronous_commit = off"))
         batch, now = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
         if not batch:
             return 0, 0, None
@@ -287,9 +279,7 @@ async def read_chats(
         found: list[Reading] = []
         place = after
         while len(found) <= limit:
-            page = await accounts.load_chats(
-                connection, user_id, states=stored_states, after=place, limit=limit + 1
-            )
+            page = await accounts.load_chats(connection, user_id, states=stored_states, after=place, limit=limit + 1)
             whole = replace(
                 account,
                 chats={**account.chats, **{chat.chat_id: chat for chat, _ in page}},
@@ -343,9 +333,7 @@ async def ready(service: Service) -> None:
         raise DatabaseUnavailable(message)
 
 
-async def _load_account(
-    connection: AsyncConnection, user_id: str, chat_id: str | None = None
-) -> tuple[Account, int]:
+async def _load_account(connection: AsyncConnection, user_id: str, chat_id: str | None = None) -> tuple[Account, int]:
     loaded = await accounts.load(connection, user_id, chat_id)
     if loaded is None:
         raise UserNotFound(user_id)

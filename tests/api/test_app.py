@@ -21,7 +21,6 @@ from tests.api.requests import AUTH, CHAT, KEY, ROUTES, Json, problem_of
 from tests.api.test_schemas import READING, READING_JSON
 
 ERRORS: dict[str, errors.TalktimeError] = {
-    "invalid-input": errors.InvalidInput("/amount", "is odd"),
     "user-not-found": errors.UserNotFound("u1"),
     "chat-not-found": errors.ChatNotFound("u1", "c1"),
     "wrong-advisor": errors.WrongAdvisor("c1"),
@@ -63,12 +62,6 @@ def test_every_error_of_the_domain_has_its_problem(failing: TestClient[Litestar]
 def test_each_code_has_one_kind_and_all_conflicts_are_mapped() -> None:
     assert len(DOMAIN) == len({kind.code for kind in DOMAIN.values()})
     assert set(DOMAIN) >= {*errors.Conflict.__subclasses__(), *errors.NotFound.__subclasses__()}
-
-
-def test_invalid_input_says_where(failing: TestClient[Litestar]) -> None:
-    body = failing.get("/fail/invalid-input").json()
-
-    assert body["errors"] == [{"detail": "is odd", "pointer": "/amount"}]
 
 
 def test_a_chat_that_is_not_active_comes_with_its_reading(

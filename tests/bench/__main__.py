@@ -53,10 +53,14 @@ def main() -> int:
             rows.append((chats, *_measured_apart(url, options.passes)))
             with connect(server) as connection:
                 connection.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
-    table = Table("open chats", "pass, median s", "fastest s", "chats per s", "peak memory MB", title="A pass, one process")
+    table = Table(
+        "open chats", "pass, median s", "fastest s", "chats per s", "peak memory MB", title="A pass, one process"
+    )
     for chats, seconds, memory_mb in rows:
         median = sorted(seconds)[len(seconds) // 2]
-        table.add_row(f"{chats:,}", f"{median:.3f}", f"{min(seconds):.3f}", f"{chats / median:,.0f}", f"{memory_mb:.1f}")
+        table.add_row(
+            f"{chats:,}", f"{median:.3f}", f"{min(seconds):.3f}", f"{chats / median:,.0f}", f"{memory_mb:.1f}"
+        )
     Console().print(table)
     return 0
 
@@ -67,7 +71,9 @@ def _fill(url: URL, chats: int) -> None:
         row = cursor.execute("SELECT clock_timestamp()").fetchone()
         assert row is not None
         users = [(bucket_of(f"user-{n}"), f"user-{n}") for n in range(chats)]
-        with cursor.copy("COPY account (bucket, user_id, balance, materialized_through, next_entry, due_at) FROM STDIN") as copy:
+        with cursor.copy(
+            "COPY account (bucket, user_id, balance, materialized_through, next_entry, due_at) FROM STDIN"
+        ) as copy:
             for bucket, user_id in users:
                 copy.write_row((bucket, user_id, 10**12, row[0], 1, row[0]))
         cursor.execute(

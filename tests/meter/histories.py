@@ -1,4 +1,4 @@
-"""Random histories of one user at the scale of microseconds: what may happen, as values and as Hypothesis strategies."""
+"""Random histories of one user at the scale of microseconds, as values and as Hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Step:
 
 
 cards = st.builds(
-    lambda rate, blocks, free_us: Card(rate, *blocks, free_us),
+    lambda rate, block, free_us: Card(rate, block[0], block[1], free_us),
     st.sampled_from(RATES),
     st.sampled_from(BLOCKS),
     st.sampled_from((0, 1, 5, 13, 40)),

@@ -127,9 +127,7 @@ class Pair:
         ]
 
 
-def apply_to_reference(
-    target: Reference, step: Step, now: int, settings: Settings, cards: dict[str, Card]
-) -> None:
+def apply_to_reference(target: Reference, step: Step, now: int, settings: Settings, cards: dict[str, Card]) -> None:
     """Let a command happen to the reference; raises what it raises."""
     leases = {"lease_us": settings.lease_us, "abandon_after_us": settings.abandon_after_us}
     match step.what:
@@ -187,9 +185,31 @@ def shuffled(account: Account, order: random.Random) -> Account:
 
 def _segment_figures(s: Segment) -> tuple[object, ...]:
     tariff = (s.tariff.rate, s.tariff.first_us, s.tariff.increment_us)
-    return (s.chat_id, s.advisor_id, s.started_at, s.ended_at, str(s.reason), s.free_us, s.paid_us, s.cost, s.count_us, tariff)
+    return (
+        s.chat_id,
+        s.advisor_id,
+        s.started_at,
+        s.ended_at,
+        str(s.reason),
+        s.free_us,
+        s.paid_us,
+        s.cost,
+        s.count_us,
+        tariff,
+    )
 
 
 def _reference_figures(s: reference.Segment) -> tuple[object, ...]:
     tariff = (s.tariff.rate, s.tariff.first_us, s.tariff.increment_us)
-    return (s.chat_id, s.advisor_id, s.started_at, s.ended_at, s.reason, s.free_us, s.paid_us, s.cost, s.count_begin, tariff)
+    return (
+        s.chat_id,
+        s.advisor_id,
+        s.started_at,
+        s.ended_at,
+        s.reason,
+        s.free_us,
+        s.paid_us,
+        s.cost,
+        s.count_begin,
+        tariff,
+    )

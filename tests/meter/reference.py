@@ -426,11 +426,14 @@ class Reference:
         chat.stopped_at = self.at
         chat.stop_reason = "exhausted"
 
-    # A reading (section 5)
+    # A reading
 
     def reading(self, now: int, chat_id: str, *, horizon_us: int) -> dict[str, object]:
-        """Changes nothing. `free_until` and `exhausts_at` are looked for at `as_of` to `as_of + horizon_us`, both
-        included; what is not decided there is BEYOND."""
+        """Return the reading, changing nothing.
+
+        `free_until` and `exhausts_at` are looked for from `as_of` to `as_of + horizon_us`, both included; what is not
+        decided there is BEYOND.
+        """
         view = self.copy()
         view.advance(max(now, view.at))
         chat = view._chat(chat_id)

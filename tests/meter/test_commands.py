@@ -46,7 +46,15 @@ def _account(balance: int = 0) -> Account:
     return Account(user_id="u", at=0, balance=balance)
 
 
-def _start(account: Account, now: int, chat_id: str = "c", *, card: RateCard = CARD, policy: Policy = POLICY, key: str | None = None) -> Account:
+def _start(
+    account: Account,
+    now: int,
+    chat_id: str = "c",
+    *,
+    card: RateCard = CARD,
+    policy: Policy = POLICY,
+    key: str | None = None,
+) -> Account:
     return commands.start(account, now, chat_id=chat_id, advisor_id="a", card=card, policy=policy, key=key)
 
 
@@ -261,7 +269,7 @@ def test_a_year_without_a_pass_costs_a_bounded_number_of_prices(monkeypatch: pyt
     end = advance(state, 365 * 86_400 * S)
     # 3 credits a second, less 2 seconds free that all three share.
     assert 10**9 - (3 * 365 * 86_400 - 2) == end.balance // CREDIT
-    assert calls < 100  # noqa: PLR2004 - a handful of jumps; ticks would be 3e13
+    assert calls < 100  # a handful of jumps; ticks would be 3e13
 
 
 def test_only_a_running_clock_can_be_halted() -> None:

@@ -13,14 +13,39 @@ from talktime.meter.units import ceil_div, format_credits, format_seconds, parse
 
 @pytest.mark.parametrize(
     ("text", "micro"),
-    [("0", 0), ("1", 1_000_000), ("12.345678", 12_345_678), ("0.000001", 1), ("-1.5", -1_500_000), ("007.10", 7_100_000)],
+    [
+        ("0", 0),
+        ("1", 1_000_000),
+        ("12.345678", 12_345_678),
+        ("0.000001", 1),
+        ("-1.5", -1_500_000),
+        ("007.10", 7_100_000),
+    ],
 )
 def test_a_decimal_string_is_read_exactly(text: str, micro: int) -> None:
     assert micro == parse_credits(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["", ".5", "1.", "1.2345678", "1e3", "NaN", "inf", "-Infinity", "+1", " 1", "1 ", "1,5", "0x10", "١", "1_0", "9" * 21]
+    "text",
+    [
+        "",
+        ".5",
+        "1.",
+        "1.2345678",
+        "1e3",
+        "NaN",
+        "inf",
+        "-Infinity",
+        "+1",
+        " 1",
+        "1 ",
+        "1,5",
+        "0x10",
+        "\u0661",
+        "1_0",
+        "9" * 21,
+    ],
 )
 def test_anything_but_a_plain_decimal_string_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="plain decimal"):
@@ -32,7 +57,9 @@ def test_written_credits_are_read_back_as_they_were(micro: int) -> None:
     assert micro == parse_credits(format_credits(micro))
 
 
-@pytest.mark.parametrize(("value", "us"), [("15", 15_000_000), ("0.000001", 1), (Decimal("2.50"), 2_500_000), (3, 3_000_000)])
+@pytest.mark.parametrize(
+    ("value", "us"), [("15", 15_000_000), ("0.000001", 1), (Decimal("2.50"), 2_500_000), (3, 3_000_000)]
+)
 def test_seconds_are_read_exactly(value: str | int | Decimal, us: int) -> None:
     assert us == parse_seconds(value)
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,7 +95,7 @@ async def test_passes_go_on_until_sigterm_and_end_cleanly(database_url: URL) -> 
 
 async def test_two_at_once_share_the_work_and_charge_once(database_url: URL) -> None:
     await _chats(database_url, 60)
-    time.sleep(1.1)
+    await asyncio.sleep(1.1)
     with _running(database_url) as one, _running(database_url) as two:
         ends = [process.communicate(timeout=60) for process in (one, two)]
         assert [0, 0] == [one.returncode, two.returncode]

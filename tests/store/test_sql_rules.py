@@ -9,8 +9,9 @@ import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
+import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
@@ -31,7 +32,10 @@ from tests.support import CREDIT, FREE_OF_CHARGE, audit_lines, open_service
         ("SELECT * FROM chat WHERE user_id = $1", "no bucket"),
         ("SELECT * FROM chat WHERE bucket = $1 OR user_id = $2", "no bucket"),
         ("SELECT * FROM chat, account a WHERE chat.bucket = $1 AND a.bucket = chat.bucket", "no bucket = .n for a"),
-        ("SELECT * FROM account a LEFT JOIN chat c ON c.user_id = a.user_id WHERE a.bucket = $1", "no bucket = .n for c"),
+        (
+            "SELECT * FROM account a LEFT JOIN chat c ON c.user_id = a.user_id WHERE a.bucket = $1",
+            "no bucket = .n for c",
+        ),
         ("SELECT 1 FROM account WHERE bucket = $1 AND EXISTS (SELECT 1 FROM chat WHERE chat_id = $2)", "no bucket"),
         ("UPDATE chat SET cost = 0 WHERE chat_id = $1", "no bucket"),
         ("DELETE FROM chat WHERE chat_id = $1", "no bucket"),
@@ -52,6 +56,9 @@ def test_the_scan_sees_a_broken_rule(broken: str, rule: str) -> None:
         check(broken)
 
 
+Parameters: TypeAlias = dict[str, Any] | list[dict[str, Any]]
+
+
 class Sent:
     """The statements sent, and for each transaction the buckets and the tables that it wrote."""
 
@@ -59,13 +66,15 @@ class Sent:
         self.statements: set[str] = set()
         self.transactions: list[tuple[set[int], set[str]]] = []
 
-    def execute(self, connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+    def execute(
+        self, connection: Connection, _cursor: object, statement: str, parameters: Parameters, *_: object
+    ) -> None:
         self.statements.add(statement)
         written = tables_written(statement)
         if not written:
             return
         buckets, tables = connection.info.setdefault("written", (set(), set()))
-        rows = parameters if isinstance(parameters, list | tuple) else [parameters]
+        rows = parameters if isinstance(parameters, list) else [parameters]
         buckets |= {value for row in rows for name, value in row.items() if "bucket" in name}
         tables |= written
 
@@ -145,7 +154,9 @@ def test_the_schema_keeps_the_rules(database_url: URL) -> None:
             " WHERE contype <> 'n' AND relname = ANY(%s)",
             [list(metadata.tables)],
         ).fetchall()
-        defaults = connection.execute("SELECT adrelid::regclass, pg_get_expr(adbin, adrelid) FROM pg_attrdef").fetchall()
+        defaults = connection.execute(
+            "SELECT adrelid::regclass, pg_get_expr(adbin, adrelid) FROM pg_attrdef"
+        ).fetchall()
         triggers = connection.execute("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal").fetchall()
         sequences = connection.execute("SELECT oid::regclass FROM pg_class WHERE relkind = 'S'").fetchall()
         identities = connection.execute("SELECT attname FROM pg_attribute WHERE attidentity <> ''").fetchall()
@@ -172,7 +183,9 @@ async def test_hot_statements_use_their_indexes(database_url: URL) -> None:
         )
         connection.execute("ANALYZE")
         connection.execute("SET plan_cache_mode = force_generic_plan")
-        for number, statement in enumerate(sorted(s for s in sent.statements if s.startswith("SELECT") and "FROM chat" in s)):
+        for number, statement in enumerate(
+            sorted(s for s in sent.statements if s.startswith("SELECT") and "FROM chat" in s)
+        ):
             plans[statement] = _generic_plan(connection, number, statement)
     locking = {statement: plan for statement, plan in plans.items() if "FOR NO KEY UPDATE" in statement}
     reading = {statement: plan for statement, plan in plans.items() if "FROM account" in statement}
@@ -184,10 +197,10 @@ async def test_hot_statements_use_their_indexes(database_url: URL) -> None:
         assert "Seq Scan on chat" not in plan, f"{statement}\n{plan}"
 
 
-def _generic_plan(connection: Any, number: int, statement: str) -> str:
+def _generic_plan(connection: psycopg.Connection, number: int, statement: str) -> str:
     names: list[str] = []
 
-    def numbered(match: Any) -> str:
+    def numbered(match: re.Match[str]) -> str:
         name = match[1]
         if name not in names:
             names.append(name)

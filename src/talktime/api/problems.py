@@ -40,7 +40,6 @@ UNAVAILABLE = Kind(503, "unavailable", "The database does not answer")
 INTERNAL = Kind(500, "internal-error", "Something went wrong on our side")
 
 DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
-    errors.InvalidInput: INVALID_INPUT,
     errors.UserNotFound: Kind(404, "user-not-found", "The user has no account"),
     errors.ChatNotFound: Kind(404, "chat-not-found", "The user has no such chat"),
     errors.WrongAdvisor: Kind(409, "wrong-advisor", "The chat belongs to another advisor"),
@@ -146,13 +145,10 @@ def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeE
     kind = next((DOMAIN[cls] for cls in type(error).__mro__ if cls in DOMAIN), None)
     if kind is None:
         return answer_unexpected(request, error)
-    faults, reading = [], None
-    if isinstance(error, errors.InvalidInput):
-        in_body = not error.where or error.where.startswith("/")
-        faults = [Fault(error.reason, pointer=error.where) if in_body else Fault(error.reason, parameter=error.where)]
+    reading = None
     if isinstance(error, errors.ChatNotActive) and isinstance(error.reading, Reading):
         reading = reading_body(error.reading, request.app.state["heartbeat_us"])
-    return problem(kind, str(error) or kind.title, faults=faults, reading=reading)
+    return problem(kind, str(error) or kind.title, reading=reading)
 
 
 def answer_framework_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from talktime.meter.state import RESUMABLE, TRANSITIONS, Account, Allowance, Chat, ChatState, Event, halt, seniority
@@ -99,22 +99,32 @@ def advance(account: Account, to: int) -> Account:
             clock.count_us += ticks
         t += ticks
 
-    for clock in clocks:
-        chats[clock.chat.chat_id] = clock.chat_now()
-    for chat in chats.values():
-        if chat.state in RESUMABLE and chat.abandoned_at <= to:
-            chats[chat.chat_id] = replace(chat, state=TRANSITIONS[Event.ABANDON][chat.state])
+    chats |= {clock.chat.chat_id: clock.chat_now() for clock in clocks}
     return replace(
         account,
         at=to,
         balance=balance,
-        allowances={
-            advisor: Allowance(allowance.granted_us, allowance.granted_us - left[advisor])
-            for advisor, allowance in account.allowances.items()
-        },
-        chats=chats,
+        allowances=_used(account.allowances, left),
+        chats=_abandoned(chats, to),
         journal=tuple(journal),
     )
+
+
+def _used(allowances: Mapping[str, Allowance], left: Mapping[str, int]) -> dict[str, Allowance]:
+    return {
+        advisor: Allowance(allowance.granted_us, allowance.granted_us - left[advisor])
+        for advisor, allowance in allowances.items()
+    }
+
+
+def _abandoned(chats: Mapping[str, Chat], at: int) -> dict[str, Chat]:
+    """Step 2, once at the end: an abandonment changes nothing for anybody else, so it is no boundary."""
+    return {
+        chat_id: replace(chat, state=TRANSITIONS[Event.ABANDON][chat.state])
+        if chat.state in RESUMABLE and chat.abandoned_at <= at
+        else chat
+        for chat_id, chat in chats.items()
+    }
 
 
 def without_leases(account: Account) -> Account:

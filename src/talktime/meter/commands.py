@@ -85,7 +85,9 @@ def start(
     allowances = {advisor_id: Allowance(card.free_us, 0), **account.allowances}
     account = replace(account, allowances=allowances)
     repriced = chat if chat.tariff == card.tariff else replace(chat, tariff=card.tariff, count_us=0)
-    started = advance(_with_chats(_switch(account, chat, policy.scope), _opened(repriced, account.at, Event.START)), account.at)
+    started = advance(
+        _with_chats(_switch(account, chat, policy.scope), _opened(repriced, account.at, Event.START)), account.at
+    )
     if started.chats[chat_id].state is ChatState.RUNNING:
         return started
     return _with_chats(account, _refused(chat, account.at))
@@ -152,7 +154,9 @@ def credit(account: Account, now: int, *, kind: CreditKind, amount: int, memo: s
     if balance < 0:
         raise InsufficientBalance(format_credits(account.balance))
     # What open segments accrued is still in the ledger's running sum, which has to fit its column too.
-    accrued = sum(chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us) for chat in _running(account))
+    accrued = sum(
+        chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us) for chat in _running(account)
+    )
     if signed > 0 and balance + accrued > MAX_BALANCE:
         raise BalanceLimitExceeded(format_credits(MAX_BALANCE))
     entry = Credit(kind=kind, amount=signed, credited_at=account.at, memo=memo, key=key)

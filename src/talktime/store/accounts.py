@@ -7,32 +7,24 @@ made different, with one statement per table whatever the number of accounts, al
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Select, and_, bindparam, column, func, insert, literal_column, or_, select, union_all, update
+from sqlalchemy import insert
 from sqlalchemy.dialects.postgresql import insert as insert_or_nothing
 
-from talktime.meter.state import LIVE, RESUMABLE, Account, Allowance, Chat, ChatState, StopReason, Tariff
+from talktime.meter.state import RESUMABLE, Account, Allowance, Chat, ChatState, StopReason, Tariff
+from talktime.store import statements as sql
 from talktime.store import tables
 from talktime.store.ledger import LedgerEntry, entries_of, insert_history
 from talktime.store.tables import bucket_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, ColumnElement, Row, Table
+    from sqlalchemy import Row, Table, Update
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.sql.selectable import TableValuedAlias
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
-
-_CHAT_KEY = ("user_id", "chat_id")
-_CHAT_FIXED = ("bucket", *_CHAT_KEY, "advisor_id", "started_at")
-_CHAT_CHANGING = tuple(c.name for c in _chat.columns if c.name not in _CHAT_FIXED)
-# Literals, not parameters: a prepared statement's generic plan can use the index of live chats only so.
-_IS_LIVE = _chat.c.state.in_([literal_column(f"'{state}'") for state in sorted(LIVE)])
-_IS_RUNNING = _chat.c.state == literal_column(f"'{ChatState.RUNNING}'")
-_NOW = func.clock_timestamp(type_=tables.Instant).label("now")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +66,10 @@ async def lock(
     microseconds; None if there is no such account.
     """
     bucket = bucket_of(user_id)
-    accounts = (
-        await connection.execute(
-            select(_account)
-            .where(_account.c.bucket == bucket, _account.c.user_id == user_id)
-            .with_for_update(key_share=True)
-        )
-    ).all()
+    accounts = (await connection.execute(sql.LOCK_ACCOUNT, {"in_bucket": bucket, "of_user": user_id})).all()
     if not accounts:
         return None
-    wanted = _IS_LIVE if chat_id is None else or_(_IS_LIVE, _chat.c.chat_id == chat_id)
-    stored, now = await _lock_chats(connection, bucket, accounts, wanted, [advisor_id] if advisor_id else [])
+    stored, now = await _lock_chats(connection, bucket, accounts, chat_id, [advisor_id] if advisor_id else [])
     return stored[0], now
 
 
@@ -116,58 +101,32 @@ async def lock_due(
     Accounts that somebody else holds are skipped, since whoever holds them advances them; so are those that were
     materialized at or after the instant `before`. Returns the accounts in user_id order, and the instant.
     """
-    accounts = (
-        await connection.execute(
-            select(_account)
-            .where(
-                _account.c.bucket == bucket,
-                _account.c.user_id > after,
-                _account.c.due_at <= before,
-                _account.c.materialized_through < before,
-            )
-            .order_by(_account.c.user_id)
-            .limit(limit)
-            .with_for_update(key_share=True, skip_locked=True)
-        )
-    ).all()
+    found = await connection.execute(
+        sql.LOCK_DUE_ACCOUNTS, {"in_bucket": bucket, "after_user": after, "before": before, "at_most": limit}
+    )
+    accounts = found.all()
     if not accounts:
         return [], before
-    return await _lock_chats(connection, bucket, accounts, _IS_LIVE, [])
+    return await _lock_chats(connection, bucket, accounts, None, [])
 
 
 async def _lock_chats(
     connection: AsyncConnection,
     bucket: int,
     accounts: Sequence[Row[Any]],
-    wanted: ColumnElement[bool],
+    chat_id: str | None,
     advisor_ids: list[str],
 ) -> tuple[list[Stored], int]:
     user_ids = [row.user_id for row in accounts]
-    chats = (
-        await connection.execute(
-            select(_chat)
-            .where(_chat.c.bucket == bucket, _chat.c.user_id == func.any(user_ids), wanted)
-            .order_by(_chat.c.user_id, _chat.c.chat_id)
-            .with_for_update(key_share=True)
-        )
-    ).all()
+    users: dict[str, Any] = {"in_bucket": bucket, "of_users": user_ids}
+    if chat_id is None:
+        chats = (await connection.execute(sql.LOCK_LIVE_CHATS, users)).all()
+    else:
+        chats = (await connection.execute(sql.LOCK_LIVE_CHATS_AND_ONE, {**users, "of_chat": chat_id})).all()
     # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
     # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
-    facts = (
-        await connection.execute(
-            select(_NOW, _account.c.user_id, _allowance.c.advisor_id, _allowance.c.granted_us, _allowance.c.used_us)
-            .select_from(_account)
-            .outerjoin(
-                _allowance,
-                and_(
-                    _allowance.c.bucket == bucket,
-                    _allowance.c.user_id == _account.c.user_id,
-                    _allowance.c.advisor_id == func.any([*{chat.advisor_id for chat in chats}, *advisor_ids]),
-                ),
-            )
-            .where(_account.c.bucket == bucket, _account.c.user_id == func.any(user_ids))
-        )
-    ).all()
+    advisors = [*{*advisor_ids, *(chat.advisor_id for chat in chats)}]
+    facts = (await connection.execute(sql.CLOCK_AND_ALLOWANCES, {**users, "of_advisors": advisors})).all()
     chats_of: dict[str, dict[str, Chat]] = defaultdict(dict)
     for row in chats:
         chats_of[row.user_id][row.chat_id] = chat_from(row)
@@ -196,28 +155,17 @@ async def lock_beat(connection: AsyncConnection, user_id: str, chat_id: str) -> 
 
     What skips locks never waits, so lock and clock may share a statement.
     """
-    row = (
-        await connection.execute(
-            select(_NOW, _chat.c.last_heartbeat_at, _chat.c.lease_us)
-            .where(
-                _chat.c.bucket == bucket_of(user_id),
-                _chat.c.user_id == user_id,
-                _chat.c.chat_id == chat_id,
-                _IS_RUNNING,
-            )
-            .with_for_update(key_share=True, skip_locked=True)
-        )
-    ).one_or_none()
+    row = (await connection.execute(sql.LOCK_BEATING_CHAT, _key(user_id, chat_id))).one_or_none()
     return None if row is None else Beat(row.now, row.last_heartbeat_at + row.lease_us)
 
 
 async def save_beat(connection: AsyncConnection, user_id: str, chat_id: str, now: int) -> None:
     """Renew the lease of the chat that `lock_beat` locked; never backwards."""
-    await connection.execute(
-        update(_chat)
-        .where(_chat.c.bucket == bucket_of(user_id), _chat.c.user_id == user_id, _chat.c.chat_id == chat_id)
-        .values(last_heartbeat_at=func.greatest(_chat.c.last_heartbeat_at, bindparam("now", now, tables.Instant)))
-    )
+    await connection.execute(sql.RENEW_LEASE, {**_key(user_id, chat_id), "beat_at": now})
+
+
+def _key(user_id: str, chat_id: str) -> dict[str, Any]:
+    return {"in_bucket": bucket_of(user_id), "of_user": user_id, "of_chat": chat_id}
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -235,9 +183,8 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
         added[entry.user_id] += 1
     await _update(
         connection,
-        _account,
+        sql.UPDATE_ACCOUNTS,
         bucket,
-        ("user_id",),
         [
             {
                 "user_id": after.user_id,
@@ -249,43 +196,43 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
             for stored, after in changes
         ],
     )
-    chats = [
-        (chat.chat_id in stored.account.chats, _chat_row(bucket, after.user_id, chat))
-        for stored, after in changes
-        for chat in after.chats.values()
-        if chat is not stored.account.chats.get(chat.chat_id)
-    ]
-    await _insert(connection, _chat, [row for is_old, row in chats if not is_old])
-    changing = (*_CHAT_KEY, *_CHAT_CHANGING)
-    await _update(
-        connection, _chat, bucket, _CHAT_KEY, [{name: row[name] for name in changing} for is_old, row in chats if is_old]
-    )
-    allowances = [
-        (
-            advisor_id in stored.account.allowances,
-            {
-                "bucket": bucket,
-                "user_id": after.user_id,
-                "advisor_id": advisor_id,
-                "granted_us": allowance.granted_us,
-                "used_us": allowance.used_us,
-            },
-        )
-        for stored, after in changes
-        for advisor_id, allowance in after.allowances.items()
-        if allowance != stored.account.allowances.get(advisor_id)
-    ]
-    await _insert(connection, _allowance, [row for is_old, row in allowances if not is_old])
-    key = ("user_id", "advisor_id")
-    await _update(
-        connection,
-        _allowance,
-        bucket,
-        key,
-        [{name: row[name] for name in (*key, "used_us")} for is_old, row in allowances if is_old],
-    )
+    await _save_chats(connection, bucket, changes)
+    await _save_allowances(connection, bucket, changes)
     await insert_history(connection, bucket, [after for _, after in changes], entries)
     return entries
+
+
+async def _save_chats(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
+    new_chats, changed_chats, grown_chats = [], [], []
+    for stored, after in changes:
+        for chat in after.chats.values():
+            before = stored.account.chats.get(chat.chat_id)
+            if before is None:
+                fixed = {"bucket": bucket, "advisor_id": chat.advisor_id, "started_at": chat.started_at}
+                new_chats.append({**fixed, **_chat_row(after.user_id, chat)})
+            elif _has_only_grown(before, chat):
+                totals = {name: getattr(chat, name) for name in sql.CHAT_TOTALS}
+                grown_chats.append({"user_id": after.user_id, "chat_id": chat.chat_id, **totals})
+            elif chat is not before:
+                changed_chats.append(_chat_row(after.user_id, chat))
+    await _insert(connection, _chat, new_chats)
+    await _update(connection, sql.UPDATE_CHATS, bucket, changed_chats)
+    await _update(connection, sql.UPDATE_CHAT_TOTALS, bucket, grown_chats)
+
+
+async def _save_allowances(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
+    new_allowances, used_allowances = [], []
+    for stored, after in changes:
+        for advisor_id, allowance in after.allowances.items():
+            key = {"user_id": after.user_id, "advisor_id": advisor_id}
+            granted = stored.account.allowances.get(advisor_id)
+            if granted is None:
+                figures = {"granted_us": allowance.granted_us, "used_us": allowance.used_us}
+                new_allowances.append({"bucket": bucket, **key, **figures})
+            elif allowance != granted:
+                used_allowances.append({**key, "used_us": allowance.used_us})
+    await _insert(connection, _allowance, new_allowances)
+    await _update(connection, sql.UPDATE_ALLOWANCES, bucket, used_allowances)
 
 
 def due_at(account: Account) -> int | None:
@@ -295,34 +242,25 @@ def due_at(account: Account) -> int | None:
     return min(opened or waiting, default=None)
 
 
+def _has_only_grown(before: Chat, after: Chat) -> bool:
+    """Whether nothing but time has passed for a running chat, as for most chats in most passes."""
+    return (
+        after.opened_at is not None
+        and after.opened_at == before.opened_at
+        and after.revision == before.revision
+        and after.last_heartbeat_at == before.last_heartbeat_at
+    )
+
+
 async def _insert(connection: AsyncConnection, table: Table, rows: list[dict[str, Any]]) -> None:
     if rows:
         await connection.execute(insert(table), rows)
 
 
-async def _update(
-    connection: AsyncConnection, table: Table, bucket: int, key: tuple[str, ...], rows: list[dict[str, Any]]
-) -> None:
-    """Set all columns of `rows` but the key's, in one statement joined to an unnest of the values."""
-    if not rows:
-        return
-    names = list(rows[0])
-    new = _unnest(table, names)
-    await connection.execute(
-        update(table)
-        .where(table.c.bucket == bindparam("the_bucket", bucket), *(table.c[name] == new.c[name] for name in key))
-        .values({name: new.c[name] for name in names if name not in key}),
-        {f"new_{name}": [row[name] for row in rows] for name in names},
-    )
-
-
-def _unnest(table: Table, names: Iterable[str]) -> TableValuedAlias:
-    columns: list[Column[Any]] = [table.c[name] for name in names]
-    return (
-        func.unnest(*(bindparam(f"new_{c.name}", type_=ARRAY(c.type)) for c in columns))
-        .table_valued(*(column(c.name, c.type) for c in columns))
-        .render_derived(name="new")
-    )
+async def _update(connection: AsyncConnection, statement: Update, bucket: int, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        values = {f"new_{name}": [row[name] for row in rows] for name in rows[0]}
+        await connection.execute(statement, {"in_bucket": bucket, **values})
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -334,34 +272,11 @@ async def load(connection: AsyncConnection, user_id: str, chat_id: str | None = 
     Returns the account with its running chats, the chat `chat_id` if it exists, and their allowances; and the instant.
     None if there is no such account.
     """
-    bucket = bucket_of(user_id)
-    mine = and_(_chat.c.bucket == bucket, _chat.c.user_id == user_id)
-    running = select(_chat).where(mine, _IS_RUNNING)
-    wanted = running if chat_id is None else union_all(running, select(_chat).where(mine, _chat.c.chat_id == chat_id, ~_IS_RUNNING))
-    chat = wanted.subquery("wanted")
-    rows = (
-        await connection.execute(
-            select(
-                _NOW,
-                _account.c.balance,
-                _account.c.materialized_through,
-                *chat.columns,
-                _allowance.c.granted_us,
-                _allowance.c.used_us,
-            )
-            .select_from(_account)
-            .outerjoin(chat, chat.c.bucket == _account.c.bucket)
-            .outerjoin(
-                _allowance,
-                and_(
-                    _allowance.c.bucket == bucket,
-                    _allowance.c.user_id == user_id,
-                    _allowance.c.advisor_id == chat.c.advisor_id,
-                ),
-            )
-            .where(_account.c.bucket == bucket, _account.c.user_id == user_id)
-        )
-    ).all()
+    if chat_id is None:
+        wanted, key = sql.READ_RUNNING, {"in_bucket": bucket_of(user_id), "of_user": user_id}
+    else:
+        wanted, key = sql.READ_RUNNING_AND_ONE, _key(user_id, chat_id)
+    rows = (await connection.execute(wanted, key)).all()
     if not rows:
         return None
     found = [row for row in rows if row.chat_id is not None]
@@ -384,43 +299,25 @@ async def load_chats(
     limit: int,
 ) -> list[tuple[Chat, Allowance]]:
     """Read a page of a user's chats whose stored state is one of `states`: newest start first, ties by chat id."""
-    bucket = bucket_of(user_id)
-    query: Select[Any] = (
-        select(_chat, _allowance.c.granted_us, _allowance.c.used_us)
-        .join(
-            _allowance,
-            and_(
-                _allowance.c.bucket == bucket,
-                _allowance.c.user_id == user_id,
-                _allowance.c.advisor_id == _chat.c.advisor_id,
-            ),
+    page = {
+        "in_bucket": bucket_of(user_id),
+        "of_user": user_id,
+        "in_states": [str(state) for state in states],
+        "at_most": limit,
+    }
+    if after is None:
+        rows = await connection.execute(sql.CHATS_PAGE, page)
+    else:
+        rows = await connection.execute(
+            sql.NEXT_CHATS_PAGE, {**page, "after_started_at": after[0], "of_chat": after[1]}
         )
-        .where(_chat.c.bucket == bucket, _chat.c.user_id == user_id, _chat.c.state == func.any([str(s) for s in states]))
-        .order_by(_chat.c.started_at.desc(), _chat.c.chat_id.desc())
-        .limit(limit)
-    )
-    if after is not None:
-        started_at, chat_id = after
-        instant = bindparam("after_started_at", started_at, tables.Instant)
-        query = query.where(
-            or_(_chat.c.started_at < instant, and_(_chat.c.started_at == instant, _chat.c.chat_id < chat_id))
-        )
-    return [
-        (chat_from(row), Allowance(row.granted_us, row.used_us)) for row in (await connection.execute(query)).all()
-    ]
+    return [(chat_from(row), Allowance(row.granted_us, row.used_us)) for row in rows.all()]
 
 
 async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, int]:
     """Look up the work due, as accounts per bucket; the instant; and since when the oldest of it is unmaterialized."""
-    now: int = (await connection.execute(select(_NOW))).scalar_one()
-    rows = (
-        await connection.execute(
-            select(_account.c.bucket, func.count(), func.min(_account.c.materialized_through))
-            .where(_account.c.due_at <= bindparam("now", now, tables.Instant))
-            .group_by(_account.c.bucket)
-            .order_by(_account.c.bucket)
-        )
-    ).all()
+    now: int = (await connection.execute(sql.CLOCK)).scalar_one()
+    rows = (await connection.execute(sql.WORK_DUE, {"before": now})).all()
     return {bucket: count for bucket, count, _ in rows}, now, min((oldest for *_, oldest in rows), default=now)
 
 
@@ -451,12 +348,10 @@ def chat_from(row: Row[Any]) -> Chat:
     )
 
 
-def _chat_row(bucket: int, user_id: str, chat: Chat) -> Mapping[str, Any]:
+def _chat_row(user_id: str, chat: Chat) -> dict[str, Any]:
     return {
-        "bucket": bucket,
         "user_id": user_id,
         "chat_id": chat.chat_id,
-        "advisor_id": chat.advisor_id,
         "state": str(chat.state),
         "rate": chat.tariff.rate,
         "first_us": chat.tariff.first_us,
@@ -464,7 +359,6 @@ def _chat_row(bucket: int, user_id: str, chat: Chat) -> Mapping[str, Any]:
         "lease_us": chat.lease_us,
         "abandon_after_us": chat.abandon_after_us,
         "last_heartbeat_at": chat.last_heartbeat_at,
-        "started_at": chat.started_at,
         "revision": chat.revision,
         "start_key": chat.start_key,
         "stopped_at": chat.stopped_at,

