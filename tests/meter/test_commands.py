@@ -111,6 +111,13 @@ def test_the_lease_ends_at_its_end_and_a_beat_a_microsecond_before_keeps_it() ->
     assert 15 * S == resumed.chats["c"].opened_at
 
 
+def test_a_heartbeat_after_the_clock_stepped_back_does_not_shorten_the_lease() -> None:
+    state = _start(_account(100 * CREDIT), 0)
+    beaten = replace(state, chats={"c": replace(state.chats["c"], last_heartbeat_at=10 * S)})
+    for command in (_beat, _start):
+        assert 25 * S == command(beaten, 4 * S).chats["c"].lease_end
+
+
 def test_a_heartbeat_of_a_lapsed_chat_is_not_billed_for_the_gap() -> None:
     state = _beat(_start(_account(100 * CREDIT), 0), 100 * S)
     reading = read(state, "c", 101 * S)
