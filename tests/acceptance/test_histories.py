@@ -93,7 +93,9 @@ class World:
         wait_us = rng.choice((0, 0, 1, 2, 3, 5, 8, 13, 30, 60, -4))
         self.clock.set(self.clock.now + wait_us)
         user_id, chat_id = rng.choice(USERS), rng.choice(sorted(CHATS))
-        what = rng.choice(("start",) * 5 + ("heartbeat",) * 6 + ("credit",) * 3 + ("pause", "stop", "card", "pass", "pass"))
+        what = rng.choice(
+            ("start",) * 5 + ("heartbeat",) * 6 + ("credit",) * 3 + ("pause", "stop", "card", "pass", "pass")
+        )
         if what == "card":
             await self.put_card(CHATS[chat_id])
         elif what == "pass":

@@ -1,0 +1,59 @@
+"""The application on a real socket, in the event loop of the test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+
+import uvicorn
+from httpx import AsyncClient, Response
+from sqlalchemy.engine import URL
+
+from talktime.api.app import create_app
+from talktime.settings import load_settings
+from talktime.store.database import Database
+from tests.api.requests import AUTH, KEY, Json
+
+ANSWER_SECONDS_MAX = 30
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn that leaves the signals of the test run alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serving(url: URL, **variables: str) -> AsyncIterator[AsyncClient]:
+    """Serve the application over a database and yield a client with the service key.
+
+    The settings are those of an environment that holds these variables and nothing else.
+    """
+    app = create_app(load_settings(variables), KEY, lambda: Database(url))
+    server = _Server(uvicorn.Config(app, log_config=None, access_log=False))
+    # With the protocol named, as the command does: asyncio turns off Nagle's algorithm only then.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0.001)
+        async with AsyncClient(base_url=origin, headers=AUTH, timeout=ANSWER_SECONDS_MAX, trust_env=False) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
+
+
+def json_of(response: Response, status: int = 200) -> Json:
+    """Check that this is a success of that status, and return its JSON."""
+    assert (status, "application/json") == (response.status_code, response.headers["content-type"]), response.text
+    assert "no-store" == response.headers["cache-control"]
+    return response.json()
