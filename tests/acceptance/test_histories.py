@@ -33,6 +33,7 @@ from tests.support import audit_lines
 
 USERS = ("ann", "bob")
 STEPS = 60
+LIKELY = ("start",) * 5 + ("heartbeat",) * 6 + ("credit",) * 3 + ("pass",) * 2 + ("pause", "stop", "card")
 REFUSALS = {
     reference.UnknownChat: (404, "chat-not-found"),
     reference.WrongAdvisor: (409, "wrong-advisor"),
@@ -93,9 +94,7 @@ class World:
         wait_us = rng.choice((0, 0, 1, 2, 3, 5, 8, 13, 30, 60, -4))
         self.clock.set(self.clock.now + wait_us)
         user_id, chat_id = rng.choice(USERS), rng.choice(sorted(CHATS))
-        what = rng.choice(
-            ("start",) * 5 + ("heartbeat",) * 6 + ("credit",) * 3 + ("pause", "stop", "card", "pass", "pass")
-        )
+        what = rng.choice(LIKELY)
         if what == "card":
             await self.put_card(CHATS[chat_id])
         elif what == "pass":
@@ -123,10 +122,13 @@ class World:
         now = self.clock.now
         before = self.references.get(user_id)
         target = Reference(now) if before is None else before.copy()
+        refusal: Exception | None = None
         try:
             if step.what != "heartbeat" or not target.fast_heartbeat(now, step.chat_id):
                 apply_to_reference(target, step, now, self.settings, self.cards)
-        except tuple(REFUSALS) as refusal:
+        except tuple(REFUSALS) as error:
+            refusal = error
+        if refusal is not None:
             assert REFUSALS[type(refusal)] == (answer.status_code, answer.json()["code"]), answer.text
             if isinstance(refusal, reference.ChatNotActive):
                 assert before is not None
