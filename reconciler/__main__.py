@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -19,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reconciler.audit import Audit, audit
 from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep
 from talktime.errors import DatabaseUnavailable, SettingError
-from talktime.settings import load_settings
+from talktime.process import run_until_signalled
+from talktime.settings import home_folder, load_settings
 from talktime.store.database import Database, provide_database
 
 if TYPE_CHECKING:
@@ -46,12 +45,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     logging.basicConfig(
         level=logging.WARNING if on_terminal else logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
-    settings = settings if options.home is None else replace(settings, home=options.home.expanduser().absolute())
-    # Until the loop's own handler is in place, a SIGTERM unwinds the stack, so that what was started is stopped.
+    # Until the passes begin, a SIGTERM unwinds the stack, so that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        with provide_database(settings.database_url, settings.home) as url:
-            return asyncio.run(_run(options, Database(url, pool_size=BATCHES_AT_ONCE)))
+        with provide_database(settings.database_url, options.home or settings.home) as url:
+            return run_until_signalled(lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except DatabaseUnavailable as error:
         log.error("%s", error)  # noqa: TRY400 - an expected end, told in one line
         return NO_DATABASE
@@ -61,7 +61,8 @@ def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Materialize durations and credits of all chats that are due: one pass, unless told otherwise.",
-        epilog="exit codes: 0 done, 1 some account failed or the audit found a difference, 2 bad use, 75 no database",
+        epilog="exit codes: 0 done; 1 some account failed, or the audit found a difference or was stopped; 2 bad use;"
+        " 75 no database",
     )
     parser.add_argument(
         "--every",
@@ -79,7 +80,7 @@ def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
         help="repeat, and end after SECONDS (60 suits a crontab line: once a minute, four passes)",
     )
     parser.add_argument("--audit", action="store_true", help="check what is stored instead, and print each difference")
-    parser.add_argument("--home", type=Path, help="folder of the embedded PostgreSQL, where no database URL is set")
+    parser.add_argument("--home", type=home_folder, help="folder of the embedded PostgreSQL, if no URL is set")
     parser.set_defaults(default_every=default_every_s)
     return parser
 
@@ -95,11 +96,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-async def _run(options: argparse.Namespace, database: Database) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Event) -> int:
     try:
         made: Audit | Pass
         if options.audit:
@@ -107,6 +104,9 @@ async def _run(options: argparse.Namespace, database: Database) -> int:
                 "auditing", lambda progress: audit(database, stop, report=print, progress=progress)
             )
             log.info("%s", made)
+            if stop.is_set():
+                log.error("the audit was stopped before its end")
+                return SOME_FAILED
         elif options.every is not None or options.duration is not None:
             every_s = options.every or options.default_every
             made = await repeat(database, stop, every_s=every_s, for_s=options.duration)

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from talktime.meter.state import CreditKind
+from talktime.meter.state import ChatState, CreditKind, StopReason
 from talktime.meter.units import format_credits
 from talktime.store.accounts import due_at
 from talktime.store.history import load_buckets, load_histories
-from talktime.store.ledger import CHARGE
+from talktime.store.ledger import CHARGE, request_hash
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator, Sequence
 
-    from talktime.meter.state import Chat, Segment
+    from talktime.meter.state import Chat, Segment, Tariff
     from talktime.store.database import Database
     from talktime.store.history import History
+    from talktime.store.ledger import LedgerEntry
 
-BATCH_ACCOUNTS = 200
+BATCH_ACCOUNTS = 50
 
 
 @dataclass(slots=True)
@@ -46,22 +48,22 @@ async def audit(
     *,
     report: Callable[[str], None],
     progress: Callable[[int, int], None],
-    batch_accounts: int = BATCH_ACCOUNTS,
 ) -> Audit:
     """Check every account until `stop` is set, and call `report` with a line for each difference.
 
     Raises:
         DatabaseUnavailable: no answer from the database.
     """
-    buckets = await database.snapshot(load_buckets)
+    # No time limit: an account's history may be long, and nobody waits for the answer but the operator.
+    buckets = await database.snapshot(load_buckets, seconds_max=None)
     total = sum(buckets.values())
     made = Audit()
     for bucket in buckets:
         after: str | None = ""
         while after is not None and not stop.is_set():
-            user_id = after
             histories = await database.snapshot(
-                lambda connection: load_histories(connection, bucket, after=user_id, limit=batch_accounts)  # noqa: B023 - awaited at once
+                partial(load_histories, bucket=bucket, after=after, limit=BATCH_ACCOUNTS),
+                seconds_max=None,
             )
             for history in histories:
                 for difference in differences(history):
@@ -69,73 +71,89 @@ async def audit(
                     made.failed += 1
             made.accounts += len(histories)
             progress(made.accounts, total)
-            after = histories[-1].account.user_id if len(histories) == batch_accounts else None
+            after = histories[-1].account.user_id if len(histories) == BATCH_ACCOUNTS else None
     return made
 
 
 def differences(history: History) -> Iterator[str]:
     """Yield what does not add up in an account, in words."""
     account = history.account
-    for chat_id, segments in history.segments.items():
-        yield from _segment_differences(chat_id, segments)
     free_us: dict[str, int] = defaultdict(int)
-    open_cost = 0
     for chat in account.chats.values():
-        yield from _chat_differences(chat, history.segments.get(chat.chat_id, []), account.at)
+        segments = history.segments.get(chat.chat_id, [])
+        yield from _segment_differences(chat, segments)
+        yield from _chat_differences(chat, segments, account.at)
         free_us[chat.advisor_id] += chat.free_us
-        if chat.opened_at is not None:
-            open_cost += chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us)
     for advisor_id in sorted({*free_us, *account.allowances}):
         allowance = account.allowances.get(advisor_id)
         used_us = allowance.used_us if allowance else 0
         yield from _differs(f"allowance with advisor {advisor_id!r}: used_us", used_us, free_us[advisor_id])
     yield from _ledger_differences(history)
     booked = sum(entry.amount for entry in history.entries)
-    yield from _differs("balance", account.balance, booked - open_cost, money=True)
+    accrued = sum(chat.accrued for chat in account.chats.values())
+    yield from _differs("balance", account.balance, booked - accrued, money=True)
     yield from _differs("next_entry", history.next_entry, len(history.entries) + 1)
     if history.due_at != due_at(account):
         yield "due_at does not follow from the chats' states"
+    yield from _overdrafts(history)
 
 
-def _differs(what: str, stored: int, derived: int, *, money: bool = False) -> Iterator[str]:
+def _differs(what: str, stored: object, derived: object, *, money: bool = False) -> Iterator[str]:
     if stored != derived:
-        shown = format_credits if money else str
-        yield f"{what} is {shown(stored)}, derived {shown(derived)}"
+        if money and isinstance(stored, int) and isinstance(derived, int):
+            stored, derived = format_credits(stored), format_credits(derived)
+        yield f"{what} is {stored}, derived {derived}"
 
 
-def _segment_differences(chat_id: str, segments: Sequence[Segment]) -> Iterator[str]:
+def _segment_differences(chat: Chat, segments: Sequence[Segment]) -> Iterator[str]:
     for segment in segments:
-        name = f"chat {chat_id!r}: segment of {segment.started_at}"
-        yield from _differs(
-            f"{name}: free and paid time", segment.free_us + segment.paid_us, segment.ended_at - segment.started_at
-        )
+        name = _name(segment)
+        length_us = segment.ended_at - segment.started_at
+        yield from _differs(f"{name}: free and paid time", segment.free_us + segment.paid_us, length_us)
         price = segment.tariff.cost(segment.count_us + segment.paid_us) - segment.tariff.cost(segment.count_us)
         yield from _differs(f"{name}: cost", segment.cost, price, money=True)
+        yield from _differs(f"{name}: advisor", segment.advisor_id, chat.advisor_id)
+    if segments and segments[0].count_us != 0:
+        yield f"{_name(segments[0])}: count_us is {segments[0].count_us}, though it is the first"
     for earlier, later in pairwise(segments):
-        name = f"chat {chat_id!r}: segment of {later.started_at}"
         if later.started_at < earlier.ended_at:
-            yield f"{name} overlaps the one before it"
-        # A count goes on under the same tariff; a start under another one begins it anew, even if its segment was
-        # empty and so was not recorded.
-        goes_on = later.tariff == earlier.tariff and later.count_us == earlier.count_us + earlier.paid_us
-        if later.count_us != 0 and not goes_on:
-            yield f"{name}: count_us is {later.count_us}, which does not go on from the one before it"
+            yield f"{_name(later)} overlaps the one before it"
+        if not _goes_on(earlier, later.tariff, later.count_us):
+            yield f"{_name(later)}: count_us is {later.count_us}, which does not go on from the one before it"
+
+
+def _goes_on(last: Segment, tariff: Tariff, count_us: int) -> bool:
+    """Whether a count follows from the segment before.
+
+    It goes on under the same tariff. A start under another one begins it anew, even if that start's segment was empty
+    and so was not recorded.
+    """
+    return count_us == 0 or (tariff == last.tariff and count_us == last.count_us + last.paid_us)
 
 
 def _chat_differences(chat: Chat, segments: Sequence[Segment], at: int) -> Iterator[str]:
     name = f"chat {chat.chat_id!r}"
     elapsed_us = sum(segment.ended_at - segment.started_at for segment in segments)
     free_us = sum(segment.free_us for segment in segments)
-    cost = sum(segment.cost for segment in segments)
+    cost = sum(segment.cost for segment in segments) + chat.accrued
+    last = segments[-1] if segments else None
+    count_us = chat.count_us if chat.opened_at is None else chat.opened_count_us
+    if count_us != 0 and (last is None or not _goes_on(last, chat.tariff, count_us)):
+        yield f"{name}: its count of {count_us} does not go on from its last segment"
     if chat.opened_at is not None:
-        paid_us = chat.count_us - chat.opened_count_us
         elapsed_us += at - chat.opened_at
-        free_us += at - chat.opened_at - paid_us
-        cost += chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us)
-        if segments and chat.opened_at < segments[-1].ended_at:
+        free_us += at - chat.opened_at - (chat.count_us - chat.opened_count_us)
+        if last is not None and chat.opened_at < last.ended_at:
             yield f"{name}: the open segment overlaps the one before it"
         if chat.lease_end <= at:
             yield f"{name}: runs, though its lease had ended when it was materialized"
+    elif last is not None and chat.stopped_at is not None:
+        if chat.stopped_at < last.ended_at:
+            yield f"{name}: stopped_at is {chat.stopped_at}, before its last segment's end"
+        if chat.stopped_at == last.ended_at and chat.stop_reason not in (last.reason, StopReason.EXHAUSTED):
+            yield f"{name}: stop_reason is {chat.stop_reason}, its last segment's {last.reason}"
+    if chat.state is ChatState.EXHAUSTED and chat.stop_reason is not StopReason.EXHAUSTED:
+        yield f"{name}: is exhausted, though its stop_reason is {chat.stop_reason}"
     yield from _differs(f"{name}: elapsed_us", chat.elapsed_us, elapsed_us)
     yield from _differs(f"{name}: free_us", chat.free_us, free_us)
     yield from _differs(f"{name}: cost", chat.cost, cost, money=True)
@@ -143,9 +161,8 @@ def _chat_differences(chat: Chat, segments: Sequence[Segment], at: int) -> Itera
 
 def _ledger_differences(history: History) -> Iterator[str]:
     uncharged = {
-        (chat_id, segment.started_at): segment
-        for chat_id, segments in history.segments.items()
-        for segment in segments
+        (segment.chat_id, segment.started_at): segment
+        for segment in chain.from_iterable(history.segments.values())
         if segment.cost != 0
     }
     booked = 0
@@ -155,13 +172,89 @@ def _ledger_differences(history: History) -> Iterator[str]:
         booked += entry.amount
         yield from _differs(f"{name}: balance_after", entry.balance_after, booked, money=True)
         if entry.kind != CHARGE:
-            if (entry.amount < 0) != CreditKind(entry.kind).takes:
-                yield f"{name}: a {entry.kind} of {format_credits(entry.amount)}"
+            yield from _credit_differences(name, entry)
             continue
         segment = uncharged.pop((entry.chat_id or "", entry.segment_started_at or 0), None)
         if segment is None:
             yield f"{name}: charges a segment that does not exist, or a second time"
         else:
             yield from _differs(f"{name}: amount", entry.amount, -segment.cost, money=True)
-    for chat_id, started_at in uncharged:
-        yield f"chat {chat_id!r}: segment of {started_at} is not charged in the ledger"
+            yield from _differs(f"{name}: happened_at", entry.happened_at, segment.ended_at)
+    for segment in uncharged.values():
+        yield f"{_name(segment)} is not charged in the ledger"
+
+
+def _credit_differences(name: str, entry: LedgerEntry) -> Iterator[str]:
+    kind = CreditKind(entry.kind)
+    if (entry.amount < 0) != kind.takes:
+        yield f"{name}: a {kind} of {format_credits(entry.amount)}"
+    if entry.request_hash != request_hash(kind, abs(entry.amount), entry.memo):
+        yield f"{name}: is not what was requested: its hash is of another kind, amount or memo"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """A segment, closed or open, for a look at any instant in it: its free ticks come first."""
+
+    chat_id: str
+    started_at: int
+    ended_at: int
+    tariff: Tariff
+    count_us: int
+    free_us: int
+
+    def cost_at(self, instant: int) -> int:
+        """Micro-credits that it has cost at an instant."""
+        paid_us = max(0, min(instant, self.ended_at) - self.started_at - self.free_us)
+        return self.tariff.cost(self.count_us + paid_us) - self.tariff.cost(self.count_us)
+
+    def next_tick_at(self, instant: int) -> int:
+        """Micro-credits for the tick that begins at an instant."""
+        paid_us = instant - self.started_at - self.free_us
+        if paid_us < 0:
+            return 0
+        return self.tariff.cost(self.count_us + paid_us + 1) - self.tariff.cost(self.count_us + paid_us)
+
+
+def _overdrafts(history: History) -> Iterator[str]:
+    """Rebuild the balance at each instant at which something ended: never below zero, and exhausted only if it was."""
+    stretches = [
+        _Stretch(s.chat_id, s.started_at, s.ended_at, s.tariff, s.count_us, s.free_us)
+        for s in chain.from_iterable(history.segments.values())
+    ]
+    for chat in history.account.chats.values():
+        if chat.opened_at is not None:
+            at = history.account.at
+            free_us = at - chat.opened_at - (chat.count_us - chat.opened_count_us)
+            stretches.append(_Stretch(chat.chat_id, chat.opened_at, at, chat.tariff, chat.opened_count_us, free_us))
+    stretches.sort(key=lambda stretch: stretch.started_at, reverse=True)
+    credits_ = [entry for entry in reversed(history.entries) if entry.kind != CHARGE]
+    credited = closed = bought_now = previous = 0
+    running: list[_Stretch] = []
+    for segment in sorted(chain.from_iterable(history.segments.values()), key=lambda s: s.ended_at):
+        end = segment.ended_at
+        if end != previous:
+            bought_now, previous = 0, end  # a purchase at the very instant of an exhaustion came after it
+        while credits_ and credits_[-1].happened_at <= end:
+            entry = credits_.pop()
+            credited += entry.amount
+            bought_now += max(0, entry.amount) if entry.happened_at == end else 0
+        while stretches and stretches[-1].started_at < end:
+            running.append(stretches.pop())
+        closed += sum(stretch.cost_at(end) for stretch in running if stretch.ended_at <= end)
+        running = [stretch for stretch in running if stretch.ended_at > end]
+        balance = credited - closed - sum(stretch.cost_at(end) for stretch in running)
+        if balance < 0:
+            yield f"{_name(segment)}: the balance was below zero at its end"
+        if segment.reason is StopReason.EXHAUSTED:
+            rank = segment.started_at, segment.chat_id
+            seniors = (stretch for stretch in running if (stretch.started_at, stretch.chat_id) < rank)
+            needed = sum(stretch.next_tick_at(end) for stretch in seniors)
+            needed += segment.tariff.cost(segment.count_us + segment.paid_us + 1)
+            needed -= segment.tariff.cost(segment.count_us + segment.paid_us)
+            if needed <= balance - bought_now:
+                yield f"{_name(segment)}: was stopped as exhausted, though the balance could pay"
+
+
+def _name(segment: Segment) -> str:
+    return f"chat {segment.chat_id!r}: segment of {segment.started_at}"

@@ -71,7 +71,7 @@ async def sweep(
     loop = asyncio.get_running_loop()
     began = loop.time()
     buckets, now, oldest = await operations.due(database)
-    made = Pass(lag_us=now - oldest)
+    made = Pass(lag_us=max(0, now - oldest))
     total = sum(buckets.values())
     progress(0, total)
     order = list(buckets)

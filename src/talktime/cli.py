@@ -11,13 +11,15 @@ import secrets
 import signal
 import socket
 import sys
+import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
-from talktime.settings import Settings, load_settings
+from talktime.process import run_until_signalled
+from talktime.settings import Settings, home_folder, load_settings
 from talktime.store.database import Database, provide_database
 
 if TYPE_CHECKING:
@@ -33,11 +35,11 @@ SHUTDOWN_SECONDS_MAX = 10
 CONNECTIONS_WAITING_MAX = 2048
 
 
-class PortInUse(TalktimeError):
-    """Something else listens there."""
+class CannotListen(TalktimeError):
+    """The address is taken, or is none of this machine's."""
 
     def __init__(self, host: str, port: int, reason: str) -> None:
-        super().__init__(f"cannot listen on {host} port {port}: {reason}; choose another with --port")
+        super().__init__(f"cannot listen on {host} port {port}: {reason}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    # Until a server's own handlers are in place, a SIGTERM unwinds the stack, so that what was started is stopped.
+    # Until the service runs, a SIGTERM unwinds the stack, so that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         settings = load_settings()
         if options.home is not None:
-            settings = replace(settings, home=options.home.expanduser().absolute())
+            settings = replace(settings, home=options.home)
         run = {"up": _up, "serve": _serve, "migrate": _migrate}[options.command]
         run(settings, options)
     except SettingError as error:
@@ -81,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
     for command in (up, serve, migrate):
         command.add_argument(
-            "--home", type=Path, help="folder for data and the service key (default: TALKTIME_HOME, else the user's)"
+            "--home",
+            type=home_folder,
+            help="folder of the data and the key (default: TALKTIME_HOME, else the user's)",
         )
     for command in (up, serve):
         command.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
@@ -102,8 +106,8 @@ def _up(settings: Settings, options: argparse.Namespace) -> None:
 
     with _listening(LOOPBACK, options.port) as listener, provide_database(settings.database_url, settings.home) as url:
         upgrade(url)
-        key = _service_key(settings)
-        asyncio.run(_run(settings, key, listener, Database(url), reconciling=Database(url, pool_size=BATCHES_AT_ONCE)))
+        database, reconciling = Database(url), Database(url, pool_size=BATCHES_AT_ONCE)
+        run_until_signalled(lambda stop: _run(settings, listener, stop, database=database, reconciling=reconciling))
 
 
 def _serve(settings: Settings, options: argparse.Namespace) -> None:
@@ -111,7 +115,7 @@ def _serve(settings: Settings, options: argparse.Namespace) -> None:
         _listening(options.host, options.port) as listener,
         provide_database(settings.database_url, settings.home) as url,
     ):
-        asyncio.run(_run(settings, _service_key(settings), listener, Database(url), reconciling=None))
+        run_until_signalled(lambda stop: _run(settings, listener, stop, database=Database(url)))
 
 
 def _migrate(settings: Settings, _: argparse.Namespace) -> None:
@@ -136,7 +140,7 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         listener.bind(address)
         listener.listen(CONNECTIONS_WAITING_MAX)
     except OSError as error:
-        raise PortInUse(host, port, error.strerror or str(error)) from None
+        raise CannotListen(host, port, error.strerror or str(error)) from None
     with listener:
         yield listener
 
@@ -146,23 +150,31 @@ def _service_key(settings: Settings) -> str:
     if settings.service_key is not None:
         return settings.service_key
     path = settings.home / "service_key"
-    settings.home.mkdir(parents=True, exist_ok=True)
-    # Written aside and linked: two starts at once agree on one key, and a crash leaves a whole key or none.
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(fresh, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(secrets.token_urlsafe(32) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    with contextlib.suppress(FileExistsError):
-        os.link(fresh, path)
-    fresh.unlink()
+    if not path.exists():
+        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Written aside and linked: two starts at once agree on one key, and a crash leaves a whole key or none.
+        descriptor, fresh = tempfile.mkstemp(prefix="service_key.", dir=settings.home)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+        finally:
+            Path(fresh).unlink()
     return path.read_text().strip()
 
 
 async def _run(
-    settings: Settings, key: str, listener: socket.socket, database: Database, *, reconciling: Database | None
+    settings: Settings,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    *,
+    database: Database,
+    reconciling: Database | None = None,
 ) -> None:
-    """Serve the API until SIGINT or SIGTERM, with passes beside it if there is a database for them."""
+    """Serve the API until `stop` is set, with passes beside it if there are connections for them."""
     import uvicorn  # noqa: PLC0415 - not every command needs it
 
     from talktime.api.app import create_app  # noqa: PLC0415 - Litestar is slow to import
@@ -179,6 +191,7 @@ async def _run(
             if self.started:
                 _announce(settings, key, listener)
 
+    key = _service_key(settings)
     app: Litestar = create_app(settings, key, lambda: database)
     server = Server(
         uvicorn.Config(
@@ -186,20 +199,14 @@ async def _run(
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    stop = asyncio.Event()
-
-    def stop_all() -> None:
-        stop.set()
-        server.should_exit = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop_all)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[listener]))
+        stopping = tasks.create_task(stop.wait())
         if reconciling is not None:
             tasks.create_task(_reconcile(settings, reconciling, stop))
-        await serving
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         stop.set()
+        server.should_exit = True
 
 
 def _announce(settings: Settings, key: str, listener: socket.socket) -> None:

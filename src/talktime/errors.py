@@ -4,6 +4,7 @@
 
     TalktimeError
     ├── SettingError                 a wrong value in the environment; names the variable
+    ├── SchemaError                  the database cannot be migrated
     ├── NotFound
     │   ├── UserNotFound
     │   └── ChatNotFound
@@ -14,7 +15,8 @@
     │   └── BalanceLimitExceeded     a credit that would pass the largest balance
     ├── IdempotencyKeyReused         the key came before with another request
     └── DatabaseUnavailable          no answer from the database; the outcome may be unknown, repeat the request
-        └── EmbeddedDatabaseError    the embedded PostgreSQL cannot be started
+        ├── LockTimeout              somebody held a row for too long; nothing was written
+        └── EmbeddedDatabaseError    the embedded PostgreSQL cannot be prepared or started
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ class SettingError(TalktimeError):
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         super().__init__(f"{name}: {reason}")
+
+
+class SchemaError(TalktimeError):
+    """The database cannot be migrated: the role may not, or a newer release wrote it."""
 
 
 class NotFound(TalktimeError):
@@ -92,6 +98,10 @@ class IdempotencyKeyReused(TalktimeError):
 
 class DatabaseUnavailable(TalktimeError):
     """The database did not answer, or the connection was lost and the outcome is unknown."""
+
+
+class LockTimeout(DatabaseUnavailable):
+    """Somebody held a row that was needed for too long. Nothing was written."""
 
 
 class EmbeddedDatabaseError(DatabaseUnavailable):

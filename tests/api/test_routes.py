@@ -27,7 +27,7 @@ from talktime.store import tables
 from talktime.store.database import Database
 from tests.api.requests import CHAT, START, Json, problem_of
 from tests.api.server import json_of, serving
-from tests.database import Clock, connect
+from tests.database import Clock, Databases, connect
 from tests.support import S
 
 ONE_A_SECOND = {"credits_per_minute": "60", "free_seconds": 2}
@@ -617,7 +617,7 @@ async def test_an_account_shows_what_runs_and_until_when(client: AsyncClient, cl
     await put_card(client, "a1", free_seconds=0)
     await put_card(client, "a2", free_seconds=2)
     await add(client, "10")
-    idle = {
+    idle: Json = {
         "user_id": "u1",
         "as_of": BEGIN,
         "server_time": BEGIN,
@@ -1056,34 +1056,40 @@ def _reconciler(url: URL) -> Iterator[None]:
             process.kill()
 
 
-@pytest.mark.parametrize("passes", [True, False], ids=["reconciler-beside", "no-reconciler"])
-async def test_in_real_time_too_one_credit_buys_one_second(database_url: URL, *, passes: bool) -> None:
-    """Real clock, real heartbeats, and the reconciler as a process of its own: takes five seconds."""
-    async with serving(database_url) as client:
+async def test_in_real_time_too_one_credit_buys_one_second(databases: Databases, database_url: URL) -> None:
+    """Real clock, real heartbeats, at once with a reconciler process beside and without: takes five seconds."""
+    with_passes = databases.create()
+    try:
+        with _reconciler(with_passes):
+            await asyncio.gather(_in_real_time(with_passes), _in_real_time(database_url))
+    finally:
+        databases.drop(with_passes)
+
+
+async def _in_real_time(url: URL) -> None:
+    async with serving(url) as client:
         await put_card(client)
         await add(client, "1")
-        if passes:
-            with _reconciler(database_url):
-                readings = await _beaten(client)
-        else:
-            readings = await _beaten(client)
+        readings = await _beaten(client)
         for earlier, later in pairwise(readings):
             assert earlier["as_of"] <= later["as_of"]
             assert earlier["elapsed_us"] <= later["elapsed_us"]
         started_at = datetime.fromisoformat(readings[0]["started_at"])
         for reading in readings:
-            age = datetime.fromisoformat(reading["as_of"]) - started_at
-            elapsed = min(age, timedelta(seconds=3))
-            paid_us = max(0, elapsed // timedelta(microseconds=1) - 2_000_000)
-            assert reading["elapsed_us"] == elapsed // timedelta(microseconds=1)
-            assert reading["credits_used"] == f"{paid_us // S}.{paid_us % S:06d}"
-            assert reading["accruing"] == (age < timedelta(seconds=3))
+            age_us = (datetime.fromisoformat(reading["as_of"]) - started_at) // timedelta(microseconds=1)
+            elapsed_us = min(age_us, 3_000_000)
+            paid_us = max(0, elapsed_us - 2_000_000)
+            assert (elapsed_us, f"{paid_us // S}.{paid_us % S:06d}", age_us < 3_000_000) == (
+                reading["elapsed_us"],
+                reading["credits_used"],
+                reading["accruing"],
+            )
         last = readings[-1]
         assert ("exhausted", 3_000_000, 2_000_000, "1.000000", "0.000000", "exhausted") == tuple(
             last[name] for name in ("state", "elapsed_us", "free_used_us", "credits_used", "balance", "stop_reason")
         )
         assert timedelta(seconds=3) == datetime.fromisoformat(last["stopped_at"]) - started_at
-        await _swept(database_url)
+        await _swept(url)
         assert ["-1.000000"] == await _charges(client)
 
 

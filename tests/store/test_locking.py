@@ -94,7 +94,8 @@ async def test_a_beat_that_comes_while_a_pass_holds_the_chat_goes_the_full_way(d
         began = (await _start(service, "c")).started_at
         clock.set(began + 90)
         async with service.database.engine.connect() as passing:
-            due, now = await accounts.lock_due(passing, bucket_of("u"), after="", before=began + 90, limit=10)
+            rows = await accounts.lock_due(passing, bucket_of("u"), after="", before=began + 90, limit=10)
+            due, now = await accounts.lock_chats(passing, bucket_of("u"), rows)
             beating = asyncio.create_task(operations.heartbeat(service, "u", "c"))
             await until_blocked(database_url)
             clock.set(began + 120)
@@ -112,7 +113,8 @@ async def test_a_stop_that_waits_for_a_pass_ends_the_chat_at_its_own_instant(dat
         began = (await _start(service, "c")).started_at
         clock.set(began + 50)
         async with service.database.engine.connect() as passing:
-            due, now = await accounts.lock_due(passing, bucket_of("u"), after="", before=began + 50, limit=10)
+            rows = await accounts.lock_due(passing, bucket_of("u"), after="", before=began + 50, limit=10)
+            due, now = await accounts.lock_chats(passing, bucket_of("u"), rows)
             stopping = asyncio.create_task(operations.stop(service, "u", "c"))
             await until_blocked(database_url)
             clock.set(began + 80)

@@ -7,7 +7,7 @@ instant, if the clock stepped back; the command then happens at the account's in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from talktime.errors import (
@@ -154,9 +154,7 @@ def credit(account: Account, now: int, *, kind: CreditKind, amount: int, memo: s
     if balance < 0:
         raise InsufficientBalance(format_credits(account.balance))
     # What open segments accrued is still in the ledger's running sum, which has to fit its column too.
-    accrued = sum(
-        chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us) for chat in _running(account)
-    )
+    accrued = sum(chat.accrued for chat in account.chats.values())
     if signed > 0 and balance + accrued > MAX_BALANCE:
         raise BalanceLimitExceeded(format_credits(MAX_BALANCE))
     entry = Credit(kind=kind, amount=signed, credited_at=account.at, memo=memo, key=key)
@@ -168,10 +166,6 @@ def _known(account: Account, chat_id: str) -> Chat:
         return account.chats[chat_id]
     except KeyError:
         raise ChatNotFound(account.user_id, chat_id) from None
-
-
-def _running(account: Account) -> Iterable[Chat]:
-    return (chat for chat in account.chats.values() if chat.state is ChatState.RUNNING)
 
 
 def _with_chats(account: Account, *chats: Chat) -> Account:

@@ -96,7 +96,7 @@ def read_account(account: Account, now: int) -> AccountReading:
         as_of=view.at,
         server_time=now,
         balance=view.balance,
-        accrued=sum(chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us) for chat in chats),
+        accrued=sum(chat.accrued for chat in chats),
         running=tuple(running),
         exhausts_at=min((r.exhausts_at for r in running if r.exhausts_at is not None), default=None),
         materialized_through=account.at,

@@ -194,6 +194,13 @@ class Chat:
     cost: int = 0
 
     @property
+    def accrued(self) -> int:
+        """Micro-credits that the open segment has cost so far; 0 where none is open."""
+        if self.opened_at is None:
+            return 0
+        return self.tariff.cost(self.count_us) - self.tariff.cost(self.opened_count_us)
+
+    @property
     def lease_end(self) -> int:
         """The first instant at which a running clock no longer runs, unless a heartbeat comes."""
         return self.last_heartbeat_at + self.lease_us
@@ -272,7 +279,7 @@ def halt(chat: Chat, at: int, event: Event) -> tuple[Chat, Segment | None]:
         count_us=chat.opened_count_us,
         free_us=at - opened_at - paid_us,
         paid_us=paid_us,
-        cost=chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.opened_count_us),
+        cost=chat.accrued,
     )
     stopped = replace(
         chat,

@@ -7,7 +7,7 @@ takes 17 years to reach 2**63.
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 MICRO = 1_000_000
 """Microseconds in a second, and micro-credits in a credit."""
@@ -32,6 +32,7 @@ MAX_BLOCK_US = 86_400 * MICRO
 MAX_FREE_US = 31_536_000 * MICRO
 """Largest allowance: a year."""
 
+_SECONDS = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?", re.ASCII)
 _CREDITS = re.compile(r"(-?)(\d{1,20})(?:\.(\d{1,6}))?", re.ASCII)
 
 
@@ -68,20 +69,19 @@ def parse_seconds(value: str | int | Decimal) -> int:
     Raises:
         ValueError: not a finite number, or finer than a microsecond.
     """
-    try:
-        seconds = Decimal(value)
-    except InvalidOperation:
+    if isinstance(value, str) and _SECONDS.fullmatch(value) is None:
         message = "must be a number of seconds"
-        raise ValueError(message) from None
+        raise ValueError(message)
+    seconds = Decimal(value)
     # The bound comes first: scaling 1e999999 to an integer would take the machine down.
     if not seconds.is_finite() or abs(seconds) > MAX_FREE_US // MICRO:
         message = "must be a finite number of seconds within a year"
         raise ValueError(message)
-    scaled = seconds * MICRO
-    if scaled != scaled.to_integral_value():
+    exact = seconds.quantize(Decimal("0.000001"))
+    if exact != seconds:
         message = "must not be finer than a microsecond (6 decimals)"
         raise ValueError(message)
-    return int(scaled)
+    return int(exact * MICRO)
 
 
 def format_seconds(us: int) -> int | Decimal:

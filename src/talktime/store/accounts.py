@@ -37,9 +37,7 @@ class Stored:
     @property
     def booked(self) -> int:
         """The running sum of the ledger: the balance and what open segments had cost when it was materialized."""
-        return self.account.balance + sum(
-            chat.cost - _closed_cost(chat) for chat in self.account.chats.values() if chat.opened_at is not None
-        )
+        return self.account.balance + sum(chat.accrued for chat in self.account.chats.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,6 @@ class Beat:
 
     now: int
     lease_end: int
-
-
-def _closed_cost(chat: Chat) -> int:
-    return chat.cost - chat.tariff.cost(chat.count_us) + chat.tariff.cost(chat.opened_count_us)
 
 
 # --- locking ----------------------------------------------------------------------------------------------------------
@@ -69,7 +63,7 @@ async def lock(
     accounts = (await connection.execute(sql.LOCK_ACCOUNT, {"in_bucket": bucket, "of_user": user_id})).all()
     if not accounts:
         return None
-    stored, now = await _lock_chats(connection, bucket, accounts, chat_id, [advisor_id] if advisor_id else [])
+    stored, now = await lock_chats(connection, bucket, accounts, chat_id, advisor_id)
     return stored[0], now
 
 
@@ -95,28 +89,26 @@ async def lock_or_create(
 
 async def lock_due(
     connection: AsyncConnection, bucket: int, *, after: str, before: int, limit: int
-) -> tuple[list[Stored], int]:
-    """Lock the next accounts of a bucket, beyond the user id `after`, that have something to materialize.
+) -> Sequence[Row[Any]]:
+    """Lock the next account rows of a bucket, beyond the user id `after`, that have something to materialize.
 
     Accounts that somebody else holds are skipped, since whoever holds them advances them; so are those that were
-    materialized at or after the instant `before`. Returns the accounts in user_id order, and the instant.
+    materialized at or after the instant `before`. Returns the rows in user_id order, for `lock_chats`.
     """
     found = await connection.execute(
         sql.LOCK_DUE_ACCOUNTS, {"in_bucket": bucket, "after_user": after, "before": before, "at_most": limit}
     )
-    accounts = found.all()
-    if not accounts:
-        return [], before
-    return await _lock_chats(connection, bucket, accounts, None, [])
+    return found.all()
 
 
-async def _lock_chats(
+async def lock_chats(
     connection: AsyncConnection,
     bucket: int,
     accounts: Sequence[Row[Any]],
-    chat_id: str | None,
-    advisor_ids: list[str],
+    chat_id: str | None = None,
+    advisor_id: str | None = None,
 ) -> tuple[list[Stored], int]:
+    """Lock the live chats of locked account rows, and in whatever state the chat `chat_id`; then read the clock."""
     user_ids = [row.user_id for row in accounts]
     users: dict[str, Any] = {"in_bucket": bucket, "of_users": user_ids}
     if chat_id is None:
@@ -125,7 +117,7 @@ async def _lock_chats(
         chats = (await connection.execute(sql.LOCK_LIVE_CHATS_AND_ONE, {**users, "of_chat": chat_id})).all()
     # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
     # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
-    advisors = [*{*advisor_ids, *(chat.advisor_id for chat in chats)}]
+    advisors = list({chat.advisor_id for chat in chats} | ({advisor_id} if advisor_id else set()))
     facts = (await connection.execute(sql.CLOCK_AND_ALLOWANCES, {**users, "of_advisors": advisors})).all()
     chats_of: dict[str, dict[str, Chat]] = defaultdict(dict)
     for row in chats:
@@ -318,7 +310,7 @@ async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, in
     """Look up the work due, as accounts per bucket; the instant; and since when the oldest of it is unmaterialized."""
     now: int = (await connection.execute(sql.CLOCK)).scalar_one()
     rows = (await connection.execute(sql.WORK_DUE, {"before": now})).all()
-    return {bucket: count for bucket, count, _ in rows}, now, min((oldest for *_, oldest in rows), default=now)
+    return {bucket: count for bucket, count, _ in rows}, now, min((since for *_, since in rows), default=now)
 
 
 # --- rows and values --------------------------------------------------------------------------------------------------

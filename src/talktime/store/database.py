@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -10,25 +11,33 @@ from pathlib import Path
 from typing import TypeVar
 
 import psycopg
+from sqlalchemy import event
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from talktime.errors import DatabaseUnavailable
+from talktime.errors import DatabaseUnavailable, LockTimeout
 from talktime.store.embedded import embedded_postgres
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 TRANSACTION_SECONDS_MAX = 10.0
 CONNECT_SECONDS_MAX = 5
 POOL_WAIT_SECONDS_MAX = 5
+# A lock is waited for less long than a connection of the pool, so that those who wait for one account cannot keep
+# all others from theirs; and a process that was frozen in a transaction does not hold its locks for ever.
+_SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '20s'"
 
 _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
 # Connection trouble (08), resources such as disk and connections (53), operator intervention (57), system errors
 # (58), a lock not had in time, and a database that turned read-only behind a failover.
-_UNAVAILABLE = ("08", "53", "57", "58", "55P03", "25006")
+_UNAVAILABLE = ("08", "53", "57", "58", "25006", "25P03")
+_LOCK_NOT_AVAILABLE = "55P03"
 _NOT_MIGRATED = ("42P01", "42703")
 
 
@@ -50,9 +59,12 @@ class Database:
             url,
             pool_size=pool_size,
             max_overflow=0,
+            # Whatever the server's default is: the locking order is made for this one.
+            isolation_level="READ COMMITTED",
             pool_timeout=POOL_WAIT_SECONDS_MAX,
             connect_args={"connect_timeout": CONNECT_SECONDS_MAX, "application_name": "talktime"},
         )
+        event.listen(self.engine.sync_engine, "connect", _prepare_session)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -74,19 +86,26 @@ class Database:
         """Run `work`, which reads with a single statement, without the cost of a transaction around it."""
         return await self._run(work, "AUTOCOMMIT")
 
-    async def snapshot(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def snapshot(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds_max: float | None = TRANSACTION_SECONDS_MAX
+    ) -> T:
         """Run `work`, whose statements all see one and the same snapshot. It only reads."""
-        return await self._run(work, "REPEATABLE READ")
+        return await self._run(work, "REPEATABLE READ", seconds_max)
 
-    async def _run(self, work: Callable[[AsyncConnection], Awaitable[T]], isolation: str | None) -> T:
+    async def _run(
+        self,
+        work: Callable[[AsyncConnection], Awaitable[T]],
+        isolation: str | None,
+        seconds_max: float | None = TRANSACTION_SECONDS_MAX,
+    ) -> T:
         for attempt in range(1, ATTEMPTS + 1):
             committing = False
             try:
-                async with asyncio.timeout(TRANSACTION_SECONDS_MAX), self.engine.connect() as connection:
+                async with asyncio.timeout(seconds_max), self.engine.connect() as connection:
                     if isolation is not None:
                         await connection.execution_options(isolation_level=isolation)
                     result = await work(connection)
-                    committing = True
+                    committing = isolation is None  # what only read can be read again
                     await connection.commit()
                     return result
             except DBAPIError as error:
@@ -100,6 +119,13 @@ class Database:
         raise AssertionError
 
 
+def _prepare_session(connection: DBAPIConnection, _: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(_SESSION)
+    cursor.close()
+    connection.commit()
+
+
 def _sqlstate(error: DBAPIError) -> str:
     return getattr(error.orig, "sqlstate", None) or ""
 
@@ -110,9 +136,13 @@ def _is_conflict(error: DBAPIError) -> bool:
 
 def _translated(error: DBAPIError) -> Exception:
     state = _sqlstate(error)
+    if state == _LOCK_NOT_AVAILABLE:
+        return LockTimeout("somebody else holds this account for too long")
     if state in _NOT_MIGRATED:
         return DatabaseUnavailable("the database lacks talktime's present tables: run `talktime migrate`")
     lost = error.connection_invalidated or (isinstance(error.orig, psycopg.OperationalError) and not state)
     if lost or state.startswith(_UNAVAILABLE) or state in _DEADLOCK_OR_SERIALIZATION:
+        # The client is told no more; the operator is. The driver's words hold no password.
+        log.warning("the database is not available: %s", str(error.orig).partition("\n")[0])
         return DatabaseUnavailable("the database is not available")
     return error

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlalchemy import distinct, func, select
+from sqlalchemy import func, select
 
 from talktime.meter.state import Account, Allowance, Chat, Segment
 from talktime.store import tables
@@ -31,13 +31,11 @@ class History:
 async def load_buckets(connection: AsyncConnection) -> dict[int, int]:
     """Count the accounts in each bucket that has any."""
     account = tables.account
-    rows = await connection.execute(
-        select(account.c.bucket, func.count(distinct(account.c.user_id))).group_by(account.c.bucket)
-    )
+    rows = await connection.execute(select(account.c.bucket, func.count()).group_by(account.c.bucket))
     return dict(sorted((bucket, count) for bucket, count in rows.all()))
 
 
-async def load_histories(connection: AsyncConnection, bucket: int, *, after: str, limit: int) -> list[History]:
+async def load_histories(connection: AsyncConnection, *, bucket: int, after: str, limit: int) -> list[History]:
     """Read the next accounts of a bucket beyond the user id `after`; for one snapshot, so that all of it agrees."""
     account, chat, allowance = tables.account, tables.chat, tables.allowance
     segment, entry = tables.segment, tables.ledger_entry

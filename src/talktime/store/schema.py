@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from talktime.errors import DatabaseUnavailable
+from talktime.errors import DatabaseUnavailable, SchemaError
 
 
 def upgrade(url: URL) -> None:
@@ -15,6 +16,7 @@ def upgrade(url: URL) -> None:
 
     Raises:
         DatabaseUnavailable: it cannot be reached.
+        SchemaError: it cannot be migrated, by this role or from the revision that it has.
     """
     config = Config()
     # A package, not a folder: found from a checkout, an editable install and a wheel alike.
@@ -23,5 +25,13 @@ def upgrade(url: URL) -> None:
     try:
         command.upgrade(config, "head")
     except OperationalError as error:
-        message = f"cannot migrate the database: {error.orig}".splitlines()[0]
-        raise DatabaseUnavailable(message) from error
+        raise DatabaseUnavailable(_in_a_line(error.orig)) from error
+    except DBAPIError as error:
+        raise SchemaError(_in_a_line(error.orig)) from error
+    except CommandError as error:
+        # Most likely written by a newer release.
+        raise SchemaError(_in_a_line(error)) from error
+
+
+def _in_a_line(reason: object) -> str:
+    return f"cannot migrate the database: {str(reason).partition(chr(10))[0]}"

@@ -187,7 +187,11 @@ NEXT_CHATS_PAGE = CHATS_PAGE.where(
 )
 
 WORK_DUE = (
-    select(_account.c.bucket, func.count(), func.min(_account.c.materialized_through))
+    select(
+        _account.c.bucket,
+        func.count(),
+        func.min(func.greatest(_account.c.materialized_through, _account.c.due_at, type_=tables.Instant)),
+    )
     .where(_account.c.due_at <= bindparam("before", type_=tables.Instant))
     .group_by(_account.c.bucket)
     .order_by(_account.c.bucket)
