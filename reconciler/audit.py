@@ -55,7 +55,7 @@ async def audit(
         DatabaseUnavailable: no answer from the database.
     """
     # No time limit: an account's history may be long, and nobody waits for the answer but the operator.
-    buckets = await database.snapshot(load_buckets, seconds_max=None)
+    buckets = await database.snapshot(load_buckets, patient=True)
     total = sum(buckets.values())
     made = Audit()
     for bucket in buckets:
@@ -63,7 +63,7 @@ async def audit(
         while after is not None and not stop.is_set():
             histories = await database.snapshot(
                 partial(load_histories, bucket=bucket, after=after, limit=BATCH_ACCOUNTS),
-                seconds_max=None,
+                patient=True,
             )
             for history in histories:
                 for difference in differences(history):

@@ -68,7 +68,7 @@ def home_folder(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError:
-        message = "names the home of a user who does not exist"
+        message = "must be a folder; there is no such user"
         raise ValueError(message) from None
 
 

@@ -89,7 +89,7 @@ def test_refusals_are_not_logged(client: TestClient[Litestar], caplog: pytest.Lo
     client.get("/nowhere")
     client.get("/v1/advisors/a1", headers=AUTH)
 
-    assert [record for record in caplog.records if record.name.startswith("talktime")] == []
+    assert [record for record in caplog.records if record.name.startswith("talktime.api")] == []
 
 
 def test_the_environment_cannot_switch_debug_pages_on(monkeypatch: pytest.MonkeyPatch) -> None:

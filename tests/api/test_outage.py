@@ -251,7 +251,7 @@ async def test_a_request_cut_in_mid_flight_is_answered_503_and_repeating_it_is_h
 async def test_a_connection_lost_at_commit_leaves_it_open_and_the_repeated_request_decides(
     client: AsyncClient, proxy: Proxy, database_url: URL, *, arrives: bool
 ) -> None:
-    proxy.cut_at, proxy.lets_through = b"COMMIT", arrives
+    proxy.cut_at, proxy.lets_through = b"COMMIT\0", arrives
     refused(await add(client))
     with connect(database_url) as connection:
         assert (1 if arrives else 0,) == connection.execute("SELECT count(*) FROM ledger_entry").fetchone()
@@ -266,7 +266,7 @@ async def test_a_start_lost_at_commit_can_be_repeated(client: AsyncClient, proxy
     async def start() -> Response:
         return await client.post("/v1/users/u1/chats/c2/start", headers=KEYED, json=START)
 
-    proxy.cut_at, proxy.lets_through = b"COMMIT", arrives
+    proxy.cut_at, proxy.lets_through = b"COMMIT\0", arrives
     refused(await start())
     await proxy.restore()
     first, again = [json_of(await start()) for _ in range(2)]

@@ -86,22 +86,27 @@ class Database:
         """Run `work`, which reads with a single statement, without the cost of a transaction around it."""
         return await self._run(work, "AUTOCOMMIT")
 
-    async def snapshot(
-        self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds_max: float | None = TRANSACTION_SECONDS_MAX
-    ) -> T:
-        """Run `work`, whose statements all see one and the same snapshot. It only reads."""
-        return await self._run(work, "REPEATABLE READ", seconds_max)
+    async def snapshot(self, work: Callable[[AsyncConnection], Awaitable[T]], *, patient: bool = False) -> T:
+        """Run `work`, whose statements all see one and the same snapshot, without a time limit if `patient`.
+
+        It only reads.
+        """
+        return await self._run(work, "REPEATABLE READ", patient=patient)
 
     async def _run(
         self,
         work: Callable[[AsyncConnection], Awaitable[T]],
         isolation: str | None,
-        seconds_max: float | None = TRANSACTION_SECONDS_MAX,
+        *,
+        patient: bool = False,
     ) -> T:
         for attempt in range(1, ATTEMPTS + 1):
             committing = False
             try:
-                async with asyncio.timeout(seconds_max), self.engine.connect() as connection:
+                async with (
+                    asyncio.timeout(None if patient else TRANSACTION_SECONDS_MAX),
+                    self.engine.connect() as connection,
+                ):
                     if isolation is not None:
                         await connection.execution_options(isolation_level=isolation)
                     result = await work(connection)
@@ -120,10 +125,11 @@ class Database:
 
 
 def _prepare_session(connection: DBAPIConnection, _: object) -> None:
+    connection.autocommit = True
     cursor = connection.cursor()
     cursor.execute(_SESSION)
     cursor.close()
-    connection.commit()
+    connection.autocommit = False
 
 
 def _sqlstate(error: DBAPIError) -> str:
