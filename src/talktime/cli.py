@@ -129,19 +129,19 @@ def _migrate(settings: Settings, _: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """Bind before anything else is started, so that a taken port costs nothing and is told plainly."""
-    try:
-        # The protocol has to be named: asyncio turns off Nagle's algorithm only where it is, and with it on every
-        # answer on a kept connection would wait 40 ms for an acknowledgement.
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(CONNECTIONS_WAITING_MAX)
-    except OSError as error:
-        raise CannotListen(host, port, error.strerror or str(error)) from None
-    with listener:
+    with contextlib.ExitStack() as stack:
+        try:
+            # The protocol has to be named: asyncio turns off Nagle's algorithm only where it is, and with it on every
+            # answer on a kept connection would wait 40 ms for an acknowledgement.
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )[0]
+            listener = stack.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(CONNECTIONS_WAITING_MAX)
+        except OSError as error:
+            raise CannotListen(host, port, error.strerror or str(error)) from None
         yield listener
 
 
@@ -205,15 +205,20 @@ async def _run(
         if reconciling is not None:
             tasks.create_task(_reconcile(settings, reconciling, stop))
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        was_told = stop.is_set()
         stop.set()
         server.should_exit = True
+    if not was_told:
+        message = "the API ended by itself; the log says why"
+        raise TalktimeError(message)
 
 
 def _announce(settings: Settings, key: str, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     print(f"talktime {version('talktime')}")
-    print(f"listening on http://{host}:{port}")
-    print(f"documentation at http://{host}:{port}/schema")
+    origin = f"http://[{host}]:{port}" if listener.family is socket.AF_INET6 else f"http://{host}:{port}"
+    print(f"listening on {origin}")
+    print(f"documentation at {origin}/schema")
     print(
         "data in " + (str(settings.home) if settings.database_url is None else settings.database_url.render_as_string())
     )
