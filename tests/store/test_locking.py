@@ -107,6 +107,34 @@ async def test_a_beat_that_comes_while_a_pass_holds_the_chat_goes_the_full_way(d
         assert not await audit_lines(service.database)
 
 
+@pytest.mark.parametrize(("gap_us", "segments"), [(99, 1), (100, 2), (101, 2)])
+async def test_a_beat_at_the_end_of_the_lease_comes_too_late_to_keep_the_segment(
+    database_url: URL, clock: Clock, gap_us: int, segments: int
+) -> None:
+    async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
+        began = (await _start(service, "c")).started_at
+        clock.set(began + gap_us)
+        reading = await operations.heartbeat(service, "u", "c")
+        receipt, _ = await operations.read_segments(service, "u", "c", after=None, limit=10)
+        assert (ChatState.RUNNING, min(gap_us, 100), segments) == (reading.state, reading.elapsed_us, len(receipt))
+        assert began + gap_us + 100 == reading.accrues_until
+
+
+async def test_a_start_at_the_very_instant_of_the_last_one_is_counted(database_url: URL, clock: Clock) -> None:
+    async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
+        for revision in (1, 2):
+            assert (clock.now, revision) == ((await _start(service, "c")).as_of, revision)
+            assert revision == (await operations.read_chat(service, "u", "c")).revision
+
+
+async def test_a_beat_after_the_clock_stepped_back_does_not_shorten_the_lease(database_url: URL, clock: Clock) -> None:
+    async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
+        began = (await _start(service, "c")).started_at
+        for at in (began + 50, began + 20):
+            clock.set(at)
+            assert began + 150 == (await operations.heartbeat(service, "u", "c")).accrues_until
+
+
 async def test_a_stop_that_waits_for_a_pass_ends_the_chat_at_its_own_instant(database_url: URL, clock: Clock) -> None:
     async with open_service(database_url, policy=TINY) as service:
         await operations.credit(service, "u", kind=CreditKind.PURCHASE, amount=CREDIT, memo="", key="k")

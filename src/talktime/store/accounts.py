@@ -236,12 +236,8 @@ def due_at(account: Account) -> int | None:
 
 def _has_only_grown(before: Chat, after: Chat) -> bool:
     """Whether nothing but time has passed for a running chat, as for most chats in most passes."""
-    return (
-        after.opened_at is not None
-        and after.opened_at == before.opened_at
-        and after.revision == before.revision
-        and after.last_heartbeat_at == before.last_heartbeat_at
-    )
+    # Whatever a command changes, it counts in the revision.
+    return after.opened_at is not None and after.opened_at == before.opened_at and after.revision == before.revision
 
 
 async def _insert(connection: AsyncConnection, table: Table, rows: list[dict[str, Any]]) -> None:
