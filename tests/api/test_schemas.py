@@ -38,7 +38,7 @@ def _json(content: object) -> str:
     return JsonResponse(content).render(content, "application/json").decode()
 
 
-# The example in section 5 of the design.
+# A reading as clients see it, in full.
 READING = Reading(
     user_id="u1",
     chat_id="c1",

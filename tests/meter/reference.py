@@ -152,7 +152,7 @@ class Reference:
         other.segments = list(self.segments)
         return other
 
-    # The process (section 3)
+    # The process
 
     def advance(self, to: int) -> None:
         """All five steps for every tick before `to`, then steps 1 to 4 at `to` itself. Nothing if `to` is past."""
@@ -258,7 +258,7 @@ class Reference:
         chat.open_count = 0
         chat.open_free_us = 0
 
-    # Commands (section 4): advance to the instant, apply, steps 1 to 4 once more
+    # Commands: advance to the instant, apply, steps 1 to 4 once more
 
     def start(
         self,
