@@ -89,6 +89,7 @@ def differences(history: History) -> Iterator[str]:
         used_us = allowance.used_us if allowance else 0
         yield from _differs(f"allowance with advisor {advisor_id!r}: used_us", used_us, free_us[advisor_id])
     yield from _ledger_differences(history)
+    yield from _late_instants(history)
     booked = sum(entry.amount for entry in history.entries)
     accrued = sum(chat.accrued for chat in account.chats.values())
     yield from _differs("balance", account.balance, booked - accrued, money=True)
@@ -140,6 +141,8 @@ def _chat_differences(chat: Chat, segments: Sequence[Segment], at: int) -> Itera
     count_us = chat.count_us if chat.opened_at is None else chat.opened_count_us
     if count_us != 0 and (last is None or not _goes_on(last, chat.tariff, count_us)):
         yield f"{name}: its count of {count_us} does not go on from its last segment"
+    if segments and chat.started_at > segments[0].started_at:
+        yield f"{name}: started_at is {chat.started_at}, after its first segment's"
     if chat.opened_at is not None:
         elapsed_us += at - chat.opened_at
         free_us += at - chat.opened_at - (chat.count_us - chat.opened_count_us)
@@ -184,10 +187,26 @@ def _ledger_differences(history: History) -> Iterator[str]:
         yield f"{_name(segment)} is not charged in the ledger"
 
 
+def _late_instants(history: History) -> Iterator[str]:
+    """Nothing is stored of an account that lies after the instant up to which it was materialized."""
+    chats = history.account.chats.values()
+    instants = chain(
+        (segment.ended_at for segment in chain.from_iterable(history.segments.values())),
+        (entry.recorded_at for entry in history.entries),
+        (chat.started_at for chat in chats),
+        (chat.stopped_at for chat in chats if chat.stopped_at is not None),
+        (chat.opened_at for chat in chats if chat.opened_at is not None),
+    )
+    latest = max(instants, default=history.account.at)
+    if latest > history.account.at:
+        yield f"materialized_through is {history.account.at}, before {latest}, which is stored"
+
+
 def _credit_differences(name: str, entry: LedgerEntry) -> Iterator[str]:
     kind = CreditKind(entry.kind)
     if (entry.amount < 0) != kind.takes:
         yield f"{name}: a {kind} of {format_credits(entry.amount)}"
+    yield from _differs(f"{name}: happened_at", entry.happened_at, entry.recorded_at)
     if entry.request_hash != request_hash(kind, abs(entry.amount), entry.memo):
         yield f"{name}: is not what was requested: its hash is of another kind, amount or memo"
 

@@ -203,6 +203,21 @@ def test_a_newcomer_needs_one_command_and_finds_everything_again_after_an_end_an
     assert "Traceback" not in third.output.read_text()
 
 
+def test_up_starts_its_database_again_when_that_dies(home: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "up", "--port", "0", "--home", home) as service:
+        entry = add(service)
+        os.kill(postmaster(home), signal.SIGKILL)
+        patient_until = time.monotonic() + 30
+        while service.client.get("/readyz").status_code != 200:
+            assert time.monotonic() < patient_until
+            time.sleep(0.1)
+        said(r"(the embedded PostgreSQL had died; it runs again)", service.output, service.process)
+        assert entry == add(service)
+        family = family_of(service.process.pid, postmaster(home))
+        assert 0 == service.end()
+        assert set() == still_running(family)
+
+
 def test_up_that_is_ended_while_it_starts_leaves_nothing_running(home: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:
@@ -293,6 +308,8 @@ WRONG_SETTINGS = [
     ("TALKTIME_DATABASE_URL", "no url"),
     ("TALKTIME_DATABASE_URL", "mysql://root@127.0.0.1/db"),
     ("TALKTIME_DATABASE_URL", "postgresql://127.0.0.1:port/db"),
+    ("TALKTIME_DATABASE_URL", "postgresql://127.0.0.1:99999/db"),
+    ("TALKTIME_DATABASE_URL", "postgresql://127.0.0.1/db?bogus=1"),
     ("TALKTIME_HOME", "~nobody-of-this-name/talktime"),
     ("TALKTIME_SERVICE_KEY", "short"),
     ("TALKTIME_LEASE_SECONDS", "0"),

@@ -17,10 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
+from talktime.errors import DatabaseUnavailable, EmbeddedDatabaseError, SettingError, TalktimeError
 from talktime.process import run_until_signalled
 from talktime.settings import Settings, home_folder, load_settings
 from talktime.store.database import Database, provide_database
+from talktime.store.embedded import revive_postgres
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8000
 SHUTDOWN_SECONDS_MAX = 10
 CONNECTIONS_WAITING_MAX = 2048
+REVIVE_EVERY_S = 1
 
 
 class CannotListen(TalktimeError):
@@ -195,7 +197,12 @@ async def _run(
     app: Litestar = create_app(settings, key, lambda: database)
     server = Server(
         uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
         )
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -204,6 +211,8 @@ async def _run(
         stopping = tasks.create_task(stop.wait())
         if reconciling is not None:
             tasks.create_task(_reconcile(settings, reconciling, stop))
+        if settings.database_url is None:
+            tasks.create_task(_keep_up(settings.home, stop))
         await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
         was_told = stop.is_set()
         stop.set()
@@ -219,10 +228,28 @@ def _announce(settings: Settings, key: str, listener: socket.socket) -> None:
     origin = f"http://[{host}]:{port}" if listener.family is socket.AF_INET6 else f"http://{host}:{port}"
     print(f"listening on {origin}")
     print(f"documentation at {origin}/schema")
+    url = settings.database_url
+    # Not the whole URL: its query may hold a password too.
     print(
-        "data in " + (str(settings.home) if settings.database_url is None else settings.database_url.render_as_string())
+        f"data in {settings.home}"
+        if url is None
+        else f"data in database {url.database} at {url.host}:{url.port or 5432}"
     )
     print(f"service key: {key}", flush=True)
+
+
+async def _keep_up(home: Path, stop: asyncio.Event) -> None:
+    """Start the embedded PostgreSQL again whenever it is found dead: nobody else would."""
+    log = logging.getLogger("talktime")
+    while not stop.is_set():
+        try:
+            if await asyncio.to_thread(revive_postgres, home):
+                log.warning("the embedded PostgreSQL had died; it runs again")
+        except EmbeddedDatabaseError as error:
+            log.error("%s", error)  # noqa: TRY400 - the traceback says no more
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REVIVE_EVERY_S):
+                await stop.wait()
 
 
 async def _reconcile(settings: Settings, database: Database, stop: asyncio.Event) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from platformdirs import user_data_path
+from psycopg import ProgrammingError
+from psycopg.conninfo import make_conninfo
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -122,6 +124,14 @@ def _database_url(environment: Mapping[str, str]) -> URL | None:
     except (ArgumentError, ValueError):
         # The text may hold a password, so it is not repeated.
         raise SettingError(name, "must be a URL such as postgresql://user:password@host:5432/database") from None
+    options = {option: value if isinstance(value, str) else ",".join(value) for option, value in url.query.items()}
+    try:
+        make_conninfo(**options)
+    except ProgrammingError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise SettingError(name, f"must be a URL with options that PostgreSQL knows: {reason}") from None
+    if url.port is not None and not 0 < url.port < 1 << 16:
+        raise SettingError(name, "must be a URL with a port from 1 to 65535")
     if url.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingError(name, "must be a postgresql:// URL")
     return url.set(drivername="postgresql+psycopg")

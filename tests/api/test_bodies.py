@@ -110,10 +110,11 @@ def test_everything_that_is_wrong_is_said_at_once(client: TestClient[Litestar]) 
     }
 
 
-def test_a_wrong_member_does_not_hide_behind_its_namesake(client: TestClient[Litestar]) -> None:
-    content = b'{"advisor_id": 5, "advisor_id": "a1"}'
-
-    assert fault_of(client.post(f"{CHAT}/start", headers={**AUTH, **JSON}, content=content))["pointer"] == ""
+def test_a_member_does_not_hide_behind_its_namesake(client: TestClient[Litestar]) -> None:
+    for first in (b"5", b'"a1"'):
+        content = b'{"advisor_id": ' + first + b', "advisor_id": "a1"}'
+        fault = fault_of(client.post(f"{CHAT}/start", headers={**AUTH, **JSON}, content=content))
+        assert fault == {"pointer": "", "detail": "holds a member twice"}
 
 
 @pytest.mark.parametrize(
@@ -318,5 +319,9 @@ def test_json_may_be_written_in_any_case(client: TestClient[Litestar], content_t
 
 
 @pytest.mark.parametrize("command", ["heartbeat", "pause", "stop"])
-def test_commands_without_a_body_do_not_mind_one(client: TestClient[Litestar], command: str) -> None:
-    problem_of(client.post(f"{CHAT}/{command}", headers=AUTH, json={}), 503, "unavailable")
+def test_commands_without_a_body_take_an_empty_object_and_no_other(client: TestClient[Litestar], command: str) -> None:
+    path = f"{CHAT}/{command}"
+    problem_of(client.post(path, headers=AUTH, json={}), 503, "unavailable")
+    assert fault_of(client.post(path, headers=AUTH, json={"a": 1}))["detail"] == "no body is taken here"
+    assert fault_of(client.post(path, headers=AUTH, content=b"garbage"))["detail"] == "no body is taken here"
+    problem_of(client.post(path, headers=AUTH, content=b" " * (1 << 21)), 413, "content-too-large")

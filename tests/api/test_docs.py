@@ -72,9 +72,9 @@ def test_operations_have_distinct_ids(document: Json) -> None:
         ("get", "/v1/advisors/{advisor_id}", "200 400 401 503"),
         ("post", "/v1/users/{user_id}/credits", "201 400 401 409 413 415 422 503"),
         ("get", "/v1/users/{user_id}/account", "200 400 401 404 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/start", "200 400 401 409 413 415 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/heartbeat", "200 400 401 404 409 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/stop", "200 400 401 404 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/start", "200 400 401 409 413 415 422 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/heartbeat", "200 400 401 404 409 413 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/stop", "200 400 401 404 413 503"),
         ("get", "/readyz", "200 503"),
     ],
 )

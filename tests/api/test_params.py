@@ -18,6 +18,7 @@ from talktime.api.params import (
     write_chats_cursor,
     write_cursor,
 )
+from talktime.meter.units import END_OF_TIME_US
 from tests.api.requests import AUTH, CHAT, CREDIT, ROUTES, START, Json, as_sent, fault_of, problem_of
 
 KEYED = {**AUTH, "Idempotency-Key": "k1"}
@@ -223,7 +224,7 @@ def test_cursors_are_taken_by_their_own_list(client: TestClient[Litestar], path:
         assert fault_of(client.get(other, headers=AUTH, params={"cursor": cursor}))["parameter"] == "cursor"
 
 
-INSTANTS = st.integers(-(10**17), 10**18 - 1)
+INSTANTS = st.integers(0, END_OF_TIME_US)
 IDS = st.from_regex(r"[A-Za-z0-9\-_.:@+=~|]{1,128}", fullmatch=True).filter(is_id)
 
 
@@ -232,3 +233,22 @@ def test_cursors_are_read_as_they_were_written(at: int, chat_id: str) -> None:
     assert at == read_cursor("segments", write_cursor("segments", at))
     assert (at, chat_id) == read_chats_cursor(write_chats_cursor((at, chat_id)))
     assert write_cursor("ledger", None) is write_chats_cursor(None) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("/v1/users/u1/chats", "chats:999999999999999999:a"),
+        ("/v1/users/u1/chats", "chats:-1:a"),
+        ("/v1/users/u1/chats/c1/segments", "segments:999999999999999999"),
+        ("/v1/users/u1/chats/c1/segments", "segments:-1"),
+    ],
+)
+def test_a_cursor_beyond_the_calendar_is_refused(client: TestClient[Litestar], path: str, key: str) -> None:
+    cursor = urlsafe_b64encode(key.encode()).decode().rstrip("=")
+    assert fault_of(client.get(path, headers=AUTH, params={"cursor": cursor}))["parameter"] == "cursor"
+
+
+@pytest.mark.parametrize("path", ["/v1/users//chats/ledger", "/v1//advisors/a1", "/v1/users/u1/chats//segments"])
+def test_a_path_with_an_empty_part_is_refused(client: TestClient[Litestar], path: str) -> None:
+    assert fault_of(client.get(path, headers=AUTH))["parameter"] == "path"

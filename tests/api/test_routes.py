@@ -233,7 +233,7 @@ async def test_no_more_is_taken_than_is_left_after_what_is_accrued(
 # --- start and the reading --------------------------------------------------------------------------------------------
 
 
-async def test_the_reading_of_the_design_comes_out_exactly(client: AsyncClient, clock: Clock) -> None:
+async def test_a_reading_with_all_its_fields_comes_out_exactly(client: AsyncClient, clock: Clock) -> None:
     begin = int(datetime(2026, 11, 20, 19, 46, tzinfo=UTC).timestamp()) * S
     clock.set(begin)
     await put_card(client, credits_per_minute="1.5", free_seconds=180)

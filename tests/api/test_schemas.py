@@ -77,7 +77,7 @@ READING_TEXT = (
 READING_JSON: Any = msgspec.json.decode(READING_TEXT)
 
 
-def test_a_reading_is_written_as_in_the_design() -> None:
+def test_a_reading_is_written_with_all_its_fields() -> None:
     assert _json(reading_body(READING, 5 * MICRO)) == READING_TEXT
 
 

@@ -163,6 +163,16 @@ async def test_the_audit_is_clean_and_then_names_a_row_that_was_tampered_with(da
         ("chat SET elapsed_us = elapsed_us + 1", "chat SET elapsed_us = elapsed_us - 1", "chat 'c': elapsed_us is"),
         ("chat SET count_us = count_us + 1", "chat SET count_us = count_us - 1", "chat 'c': its count of"),
         ("chat SET stop_reason = 'paused'", "chat SET stop_reason = 'exhausted'", "is exhausted, though"),
+        (
+            "account SET materialized_through = materialized_through - '1h'::interval",
+            "account SET materialized_through = materialized_through + '1h'::interval",
+            "materialized_through is",
+        ),
+        (
+            "ledger_entry SET happened_at = happened_at - '1s'::interval",
+            "ledger_entry SET happened_at = happened_at + '1s'::interval",
+            "happened_at is",
+        ),
         ("ledger_entry SET memo = 'x'", "ledger_entry SET memo = ''", "is not what was requested"),
         ("allowance SET granted_us = 9, used_us = 9", "allowance SET granted_us = 0, used_us = 0", "used_us is 9"),
         ("account SET due_at = due_at + '1s'", "account SET due_at = due_at - '1s'::interval", "due_at does not"),

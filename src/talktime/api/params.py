@@ -12,6 +12,7 @@ from litestar import Request
 
 from talktime.api.problems import Fault, Refusal, refuse_input
 from talktime.meter.state import ChatState
+from talktime.meter.units import END_OF_TIME_US
 
 PAGE_DEFAULT = 50
 PAGE_MAX = 200
@@ -44,13 +45,17 @@ def check_ids(**ids: str) -> None:
 
 
 def check_path(request: Request[Any, Any, Any]) -> None:
-    """Refuse encoded slashes: the server decoded them, so the path has fallen apart elsewhere than the caller thinks.
+    """Refuse encoded and doubled slashes: the path falls apart elsewhere than the caller thinks.
 
     Raises:
         Refusal: there is one.
     """
-    if b"%2f" in (request.scope.get("raw_path") or b"").lower():
+    raw = (request.scope.get("raw_path") or b"").lower()
+    if b"%2f" in raw:
         raise refuse_input(Fault("must not hold an encoded slash", parameter="path"))
+    # The framework would take two slashes for one, and so a path with an empty id for that of something else.
+    if b"//" in raw:
+        raise refuse_input(Fault("must not hold an empty part", parameter="path"))
 
 
 def check_request(request: Request[Any, Any, Any]) -> None:
@@ -110,8 +115,8 @@ def parse_limit(text: str | None) -> int:
 
 
 # A cursor names its list, so that one of another list is not taken for a place in this one.
-_NUMBER_KEY = re.compile(r"-?\d{1,18}", re.ASCII)
-_CHATS_KEY = re.compile(rf"(-?\d{{1,18}}):({_ID.pattern})", re.ASCII)
+_NUMBER_KEY = re.compile(r"\d{1,18}", re.ASCII)
+_CHATS_KEY = re.compile(rf"(\d{{1,18}}):({_ID.pattern})", re.ASCII)
 
 
 def write_cursor(listing: str, key: int | None) -> str | None:
@@ -128,7 +133,7 @@ def read_cursor(listing: str, cursor: str | None) -> int | None:
     if cursor is None:
         return None
     key = _decode(listing, cursor)
-    if not _NUMBER_KEY.fullmatch(key):
+    if not _NUMBER_KEY.fullmatch(key) or int(key) > END_OF_TIME_US:
         raise _bad_cursor()
     return int(key)
 
@@ -147,7 +152,7 @@ def read_chats_cursor(cursor: str | None) -> tuple[int, str] | None:
     if cursor is None:
         return None
     match = _CHATS_KEY.fullmatch(_decode("chats", cursor))
-    if match is None or not is_id(match[2]):
+    if match is None or not is_id(match[2]) or int(match[1]) > END_OF_TIME_US:
         raise _bad_cursor()
     return int(match[1]), match[2]
 

@@ -15,7 +15,7 @@ from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParam
 
 from talktime import operations
 from talktime.api.auth import SECURITY_SCHEME, Gate
-from talktime.api.bodies import AdvisorBody, ApiRequest, CreditBody, StartBody
+from talktime.api.bodies import AdvisorBody, ApiRequest, CreditBody, StartBody, check_no_body
 from talktime.api.docs import problems
 from talktime.api.params import (
     ID_SCHEMA,
@@ -229,7 +229,7 @@ async def get_ledger(request: ApiRequest, user_id: UserId, limit: Limit = None, 
     "that runs already gets a heartbeat. The user's other running chats in the exclusivity scope stop at the same "
     "instant. The reading says whether the clock runs (`accruing`): without credits or free time it does not.",
     tags=["chats"],
-    responses=problems(400, 401, WrongAdvisor, 413, 415, DatabaseUnavailable),
+    responses=problems(400, 401, WrongAdvisor, 413, 415, IdempotencyKeyReused, DatabaseUnavailable),
     opt={"body": StartBody, "key": "optional"},
 )
 async def start(
@@ -254,7 +254,7 @@ async def start(
     description="Renews the lease of a running clock and resumes a lapsed one. A paused or exhausted chat stays so. "
     "An abandoned or ended chat answers 409 with its reading: start it again.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, ChatNotActive, DatabaseUnavailable),
+    responses=problems(400, 401, ChatNotFound, ChatNotActive, 413, DatabaseUnavailable),
 )
 async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Keep a chat's clock running."""
@@ -268,7 +268,7 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
     summary="Pause a chat",
     description="Stops a running clock. A chat that does not run stays as it is.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, ChatNotFound, 413, DatabaseUnavailable),
 )
 async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Pause a chat."""
@@ -282,7 +282,7 @@ async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Readin
     summary="End a chat",
     description="The first stop wins; later ones change nothing. A start opens the chat again.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, ChatNotFound, 413, DatabaseUnavailable),
 )
 async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """End a chat."""
@@ -372,6 +372,8 @@ def v1_router(gate: Gate) -> Router:
     async def enter(request: Request[Any, Any, Any]) -> None:
         gate.admit(request)
         check_request(request)
+        if request.method == "POST" and "body" not in request.route_handler.opt:
+            await check_no_body(request)
 
     return Router(
         path="/v1",

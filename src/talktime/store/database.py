@@ -43,7 +43,7 @@ _NOT_MIGRATED = ("42P01", "42703")
 
 @contextmanager
 def provide_database(url: URL | None, home: Path) -> Iterator[URL]:
-    """Yield the URL of the database to use: the one given, else that of the embedded PostgreSQL of `home`, kept up."""
+    """Yield the URL of the database to use: the one given, else that of the embedded PostgreSQL of `home`."""
     if url is not None:
         yield url
         return
@@ -59,6 +59,7 @@ class Database:
             url,
             pool_size=pool_size,
             max_overflow=0,
+            hide_parameters=True,  # ids, memos and keys stay out of the log
             # Whatever the server's default is: the locking order is made for this one.
             isolation_level="READ COMMITTED",
             pool_timeout=POOL_WAIT_SECONDS_MAX,

@@ -71,6 +71,17 @@ def embedded_postgres(home: Path) -> Iterator[str]:
             server.leave(membership)
 
 
+def revive_postgres(home: Path) -> bool:
+    """Start the server of a home again if it died under its users, and tell whether it had."""
+    with _explained(home):
+        server = _Server(home)
+        if server.is_alive():
+            return False
+        with _locked(server.lock):
+            server.start()
+        return True
+
+
 class _Account(NamedTuple):
     """Whom root becomes for PostgreSQL."""
 
@@ -105,7 +116,7 @@ class _Server:
             membership = _opened(self.home / "postgres.users")
             fcntl.flock(membership, fcntl.LOCK_SH)
             try:
-                self._start()
+                self.start()
                 self._create_database()
             except BaseException:
                 self._give_up(membership)
@@ -142,11 +153,11 @@ class _Server:
             self._own(folder)
             self._run("initdb", *locale, *access, "--set=max_connections=100", "--no-instructions", folder=folder)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         options = f"-c listen_addresses= -k {self._server_side_socket_folder()}"
         patient_until = time.monotonic() + _RESTART_S
         while not self._answers():
-            if not self._is_alive():
+            if not self.is_alive():
                 self._disown_remains()
                 self._bound_log()
             try:
@@ -176,7 +187,7 @@ class _Server:
             time.sleep(0.1)
         return status == 0
 
-    def _is_alive(self) -> bool:
+    def is_alive(self) -> bool:
         """Tell whether the pid file names a running postmaster, and not a zombie or another with its number."""
         try:
             pid = int(self.pid_file.read_text().partition("\n")[0])
@@ -227,13 +238,13 @@ class _Server:
                 connection.execute(f"CREATE DATABASE {_NAME}")
 
     def _stop(self) -> None:
-        if not self._is_alive():
+        if not self.is_alive():
             return
         for how in ("fast", "immediate"):
-            if self._is_alive():
+            if self.is_alive():
                 with suppress(EmbeddedDatabaseError):
                     self._run("pg_ctl", "stop", "-s", "-w", "-m", how, folder=self.data)
-        if self._is_alive():
+        if self.is_alive():
             message = f"the PostgreSQL of {self.home} does not stop (more in {self.log})"
             raise EmbeddedDatabaseError(message)
         if self.socket_folder != self.data:
