@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -215,6 +216,20 @@ def test_up_starts_its_database_again_when_that_dies(home: Path, tmp_path: Path)
         assert entry == add(service)
         family = family_of(service.process.pid, postmaster(home))
         assert 0 == service.end()
+        assert set() == still_running(family)
+
+
+def test_a_second_signal_does_not_leave_the_database_running(home: Path, tmp_path: Path) -> None:
+    with running(tmp_path / "log", "up", "--port", "0", "--home", home) as service:
+        family = family_of(service.process.pid, postmaster(home))
+        with (home / "postgres.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # as another process of this home that starts or stops
+            service.process.send_signal(signal.SIGTERM)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                time.sleep(1)
+                service.process.send_signal(number)
+            assert service.process.poll() is None
+        assert 0 == service.process.wait(PATIENCE_S)
         assert set() == still_running(family)
 
 

@@ -67,7 +67,6 @@ class Pair:
     def _beat_fast(self, chat_id: str) -> bool:
         # What the store's fast path does, on the state as stored. The reference has the stored state only if both
         # have been advanced alike; L8 is the proof that it may differ.
-        self.account = replace(self.account, chats=dict(self.account.chats))
         chat = self.account.chats.get(chat_id)
         if chat is None or chat.state is not ChatState.RUNNING or self.now >= chat.lease_end:
             return False

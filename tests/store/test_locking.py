@@ -7,10 +7,12 @@ import random
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.engine import URL
 
 from reconciler.sweep import sweep
 from talktime import operations
+from talktime.errors import LockTimeout
 from talktime.meter import commands
 from talktime.meter.advance import advance
 from talktime.meter.reading import Reading
@@ -18,7 +20,7 @@ from talktime.meter.state import ChatState, CreditKind, Policy, Scope
 from talktime.operations import Service
 from talktime.store import accounts
 from talktime.store.tables import bucket_of
-from tests.database import Clock
+from tests.database import Clock, connect
 from tests.support import CREDIT, FREE_OF_CHARGE, ONE_A_SECOND, POLICY, audit_lines, open_service, until_blocked
 
 # Microseconds, on a clock that only the tests move.
@@ -165,6 +167,32 @@ async def test_a_pass_leaves_alone_what_a_stop_holds(database_url: URL, clock: C
             await stopping.rollback()
         clock.tick(1)
         assert await _pass(service) == 1 + 1
+
+
+async def test_those_who_wait_for_one_account_do_not_keep_others_from_theirs(database_url: URL) -> None:
+    async with open_service(database_url, card=FREE_OF_CHARGE) as service:
+        for user_id in "uv":
+            await _start(service, "c", user_id)
+        async with service.database.engine.connect() as holder:
+            await accounts.lock(holder, "u")
+            waiting = [asyncio.create_task(operations.pause(service, "u", "c")) for _ in range(25)]
+            await until_blocked(database_url, 19)  # the whole pool, but for the holder
+            assert (await operations.read_chat(service, "v", "c")).accruing
+            refused = await asyncio.gather(*waiting, return_exceptions=True)
+            await holder.rollback()
+        assert {LockTimeout} == {type(refusal) for refusal in refused}
+
+
+async def test_transactions_are_read_committed_whatever_the_servers_default_is(database_url: URL) -> None:
+    with connect(database_url) as connection:
+        connection.execute(
+            f"ALTER DATABASE \"{database_url.database}\" SET default_transaction_isolation = 'serializable'"
+        )
+    async with open_service(database_url) as service:
+        shown = await service.database.transaction(
+            lambda connection: connection.scalar(text("SHOW transaction_isolation"))
+        )
+    assert "read committed" == shown
 
 
 @pytest.mark.parametrize("scope", list(Scope))

@@ -35,7 +35,7 @@ _SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '
 
 _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
 # Connection trouble (08), resources such as disk and connections (53), operator intervention (57), system errors
-# (58), a lock not had in time, and a database that turned read-only behind a failover.
+# (58), a database that turned read-only behind a failover, and a transaction that idled for too long.
 _UNAVAILABLE = ("08", "53", "57", "58", "25006", "25P03")
 _LOCK_NOT_AVAILABLE = "55P03"
 _NOT_MIGRATED = ("42P01", "42703")
