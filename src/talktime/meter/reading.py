@@ -1,8 +1,7 @@
 """Readings: an account's state at an instant -> what is shown, and what can be foretold.
 
-A reading holds all that a client needs to go on by itself, for ``x = min(server_now, accrues_until)``: elapsed is
-``elapsed_us + max(0, x - as_of)``, and credits are ``credits_used + C(count_us + d) - C(count_us)`` with
-``d = max(0, x - paid_from)``, where ``C`` is the tariff's cost and 0 is added if `paid_from` is None.
+A reading holds all that a client needs to go on by itself; `show` is how. The JavaScript client does the same, and both
+are held against the same file of vectors.
 """
 
 from __future__ import annotations
@@ -66,6 +65,43 @@ class AccountReading:
     running: tuple[Reading, ...]
     exhausts_at: int | None
     materialized_through: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a page shows of a chat at one instant: microseconds and micro-credits."""
+
+    elapsed_us: int
+    free_left_us: int
+    credits_used: int
+    balance: int
+
+
+def show(reading: Reading, at: int) -> Shown:
+    """Go on from a reading to the instant `at` without asking anybody.
+
+    With ``x = min(at, accrues_until)``, elapsed is ``elapsed_us + max(0, x - as_of)``, and credits are ``credits_used +
+    C(count_us + d) - C(count_us)`` with ``d = max(0, x - paid_from)``, where ``C`` is the tariff's cost; nothing is
+    added where `paid_from` is None, and a clock that stands still stays as it is. The chat's own time and credits are
+    what `advance` says. Free time and balance lack what the user's other chats take; the next reading has it.
+    """
+    ran_us = paid_us = 0
+    free_left_us = reading.free_left_us
+    if reading.accrues_until is not None:
+        x = min(at, reading.accrues_until)
+        ran_us = max(0, x - reading.as_of)
+        if reading.paid_from is not None and x >= reading.paid_from:
+            paid_us = x - reading.paid_from
+            free_left_us = 0  # nobody pays while the allowance lasts
+        else:
+            free_left_us -= ran_us
+    spent = reading.tariff.cost(reading.count_us + paid_us) - reading.tariff.cost(reading.count_us)
+    return Shown(
+        elapsed_us=reading.elapsed_us + ran_us,
+        free_left_us=free_left_us,
+        credits_used=reading.credits_used + spent,
+        balance=reading.balance - spent,
+    )
 
 
 def read(account: Account, chat_id: str, now: int) -> Reading:

@@ -181,6 +181,8 @@ segment = Table(
     CheckConstraint("reason IN ('lapsed', 'exhausted', 'switched', 'paused', 'ended')", name="reason"),
     CheckConstraint("ended_at > started_at", name="not_empty"),
     CheckConstraint("count_us >= 0 AND free_us >= 0 AND paid_us >= 0 AND cost >= 0", name="figures"),
+    # For looks at the last hour: segments are appended about as they end, so block ranges tell them apart at no cost.
+    Index("ix_segment_ended", "ended_at", postgresql_using="brin"),
 )
 
 ledger_entry = Table(
@@ -226,4 +228,40 @@ advisor = Table(
     _number("free_us"),
     PrimaryKeyConstraint("advisor_id"),
     CheckConstraint("rate >= 0 AND first_us >= 0 AND increment_us >= 0 AND free_us >= 0", name="figures"),
+)
+
+service_key = Table(
+    "service_key",
+    metadata,
+    _id("name"),
+    # SHA-256: the keys are random, 256 bits, so nothing slower is needed.
+    Column("digest", LargeBinary, nullable=False),
+    _instant("created_at"),
+    _instant("revoked_at", nullable=True),
+    PrimaryKeyConstraint("name"),
+    UniqueConstraint("digest", name="uq_service_key_digest"),
+)
+
+console_session = Table(
+    "console_session",
+    metadata,
+    Column("digest", LargeBinary, nullable=False),
+    # Of the key that signed in: without it the session is over too.
+    Column("key_digest", LargeBinary, nullable=False),
+    _instant("expires_at"),
+    PrimaryKeyConstraint("digest"),
+)
+
+reconciler_pass = Table(
+    "reconciler_pass",
+    metadata,
+    Column("pass_id", Text, nullable=False),
+    _instant("began_at"),
+    _number("took_us"),
+    _number("lag_us"),
+    _number("accounts"),
+    _number("chats"),
+    _number("failed"),
+    PrimaryKeyConstraint("pass_id"),
+    Index("ix_reconciler_pass_began", "began_at"),
 )
