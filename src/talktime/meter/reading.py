@@ -90,7 +90,7 @@ def show(reading: Reading, at: int) -> Shown:
     if reading.accrues_until is not None:
         x = min(at, reading.accrues_until)
         ran_us = max(0, x - reading.as_of)
-        if reading.paid_from is not None and x >= reading.paid_from:
+        if reading.paid_from is not None and x > reading.paid_from:
             paid_us = x - reading.paid_from
             free_left_us = 0  # nobody pays while the allowance lasts
         else:

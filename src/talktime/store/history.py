@@ -35,6 +35,12 @@ async def load_buckets(connection: AsyncConnection) -> dict[int, int]:
     return dict(sorted((bucket, count) for bucket, count in rows.all()))
 
 
+async def is_unused(connection: AsyncConnection) -> bool:
+    """Tell whether there is neither an account nor a rate card; for one snapshot."""
+    card = await connection.scalar(select(tables.advisor.c.advisor_id).limit(1))
+    return card is None and not await load_buckets(connection)
+
+
 async def load_histories(connection: AsyncConnection, *, bucket: int, after: str, limit: int) -> list[History]:
     """Read the next accounts of a bucket beyond the user id `after`; for one snapshot, so that all of it agrees."""
     account, chat, allowance = tables.account, tables.chat, tables.allowance

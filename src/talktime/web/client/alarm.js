@@ -1,0 +1,28 @@
+const waiting = new Map();
+let worker;
+let last = 0;
+
+function fire(id) {
+  const ring = waiting.get(id);
+  waiting.delete(id);
+  ring?.();
+}
+
+// Rings in a hidden tab too; returns what cancels it. The page's own timer runs beside the worker's, and whichever is
+// first rings: a worker that cannot load is no loss.
+export function alarm(ms, ring) {
+  const id = ++last;
+  waiting.set(id, ring);
+  ms = Math.min(ms, 2 ** 31 - 1); // a longer one would ring at once
+  const timer = setTimeout(fire, ms, id);
+  try {
+    worker ??= Object.assign(new Worker(new URL("./worker.js", import.meta.url)), { onmessage: ({ data }) => fire(data) });
+    worker.postMessage([id, ms]);
+  } catch {
+    // There are none here, or not from another origin.
+  }
+  return () => {
+    clearTimeout(timer);
+    waiting.delete(id);
+  };
+}
