@@ -14,14 +14,22 @@ from typing import Any
 
 from litestar import MediaType, Request, Response, Router, get, post
 from litestar.datastructures import CacheControlHeader
+from litestar.params import FromPath
 from msgspec import Struct
 
 from talktime import operations
 from talktime.api.callers import UserCaller
 from talktime.api.params import IDEMPOTENCY_KEY, check_ids
 from talktime.api.problems import FORBIDDEN, Fault, Refusal, refuse_caller, refuse_input
-from talktime.api.schemas import AdvisorAnswer, JsonResponse, LedgerEntryBody, ReadingBody, advisor_answer
-from talktime.api.schemas import ledger_entry_body, reading_body
+from talktime.api.schemas import (
+    AdvisorAnswer,
+    JsonResponse,
+    LedgerEntryBody,
+    ReadingBody,
+    advisor_answer,
+    ledger_entry_body,
+    reading_body,
+)
 from talktime.api.tokens import mint
 from talktime.meter.reading import Reading
 from talktime.meter.state import CreditKind, RateCard, Tariff
@@ -88,68 +96,77 @@ async def seed(service: Service) -> None:
             await operations.put_advisor(service, advisor_id, advisor.card)
 
 
+@get("/", include_in_schema=False, sync_to_thread=True)
+def demo_page() -> Response[bytes]:
+    """Send the page."""
+    return Response((FOLDER / "demo.html").read_bytes(), media_type=MediaType.HTML, headers=PAGE_HEADERS)
+
+
+@get("/demo/advisors", include_in_schema=False)
+async def advisors(request: Request[Any, Any, Any]) -> list[Portrait]:
+    """List the advisors."""
+    return [
+        Portrait(advisor.name, advisor.field, advisor_answer(advisor_id, card, default=default))
+        for advisor_id, advisor in _ADVISORS.items()
+        for card, default in [await operations.get_advisor(_service(request), advisor_id)]
+    ]
+
+
+@post("/demo/guests", include_in_schema=False)
+async def new_guest(request: Request[Any, Any, Any]) -> Guest:
+    """Make a user, with some credits."""
+    user_id = f"guest-{secrets.token_hex(8)}"
+    await _credit(request, user_id, CreditKind.GRANT, WELCOME, memo="welcome", key="welcome")
+    return _guest(request, user_id)
+
+
+@post("/demo/guests/{user_id:str}/token", include_in_schema=False)
+async def new_token(request: Request[Any, Any, Any], user_id: FromPath[str]) -> Guest:
+    """Make another token for a guest. Nobody can guess the id of another one, and nobody else gets a token here."""
+    if not _GUEST.fullmatch(user_id):
+        raise refuse_caller()
+    return _guest(request, user_id)
+
+
+@post("/demo/advisors/{advisor_id:str}/chats/{chat_id:str}/start", status_code=200, include_in_schema=False)
+async def start_chat(request: Request[Any, Any, Any], advisor_id: FromPath[str], chat_id: FromPath[str]) -> ReadingBody:
+    """Start a chat for the guest."""
+    check_ids(advisor_id=advisor_id, chat_id=chat_id)
+    user_id = await _user(request)
+    reading = await operations.start(_service(request), user_id, chat_id, advisor_id=advisor_id, key=_key(request))
+    return _shown(request, reading)
+
+
+@post("/demo/chats/{chat_id:str}/pause", status_code=200, include_in_schema=False)
+async def pause_chat(request: Request[Any, Any, Any], chat_id: FromPath[str]) -> ReadingBody:
+    """Pause a chat of the guest."""
+    check_ids(chat_id=chat_id)
+    return _shown(request, await operations.pause(_service(request), await _user(request), chat_id))
+
+
+@post("/demo/chats/{chat_id:str}/stop", status_code=200, include_in_schema=False)
+async def stop_chat(request: Request[Any, Any, Any], chat_id: FromPath[str]) -> ReadingBody:
+    """End a chat of the guest."""
+    check_ids(chat_id=chat_id)
+    return _shown(request, await operations.stop(_service(request), await _user(request), chat_id))
+
+
+@post("/demo/credits", include_in_schema=False)
+async def top_up(request: Request[Any, Any, Any]) -> LedgerEntryBody:
+    """Add credits, as if the guest had bought some."""
+    user_id = await _user(request)
+    return await _credit(request, user_id, CreditKind.PURCHASE, TOP_UP, memo="demo", key=_key(request))
+
+
 def demo_router(demo: Demo) -> Router:
     """Return the page and the routes of its server."""
-    page = (FOLDER / "demo.html").read_bytes()
-
-    @get("/", include_in_schema=False)
-    async def demo_page() -> Response[bytes]:
-        return Response(page, media_type=MediaType.HTML, headers=PAGE_HEADERS)
-
-    @get("/demo/advisors", include_in_schema=False)
-    async def advisors(request: Request[Any, Any, Any]) -> list[Portrait]:
-        return [
-            Portrait(advisor.name, advisor.field, advisor_answer(advisor_id, card, default=default))
-            for advisor_id, advisor in _ADVISORS.items()
-            for card, default in [await operations.get_advisor(_service(request), advisor_id)]
-        ]
-
-    @post("/demo/guests", include_in_schema=False)
-    async def new_guest(request: Request[Any, Any, Any]) -> Guest:
-        user_id = f"guest-{secrets.token_hex(8)}"
-        await _credit(request, user_id, CreditKind.GRANT, WELCOME, memo="welcome", key="welcome")
-        return _guest(user_id)
-
-    @post("/demo/guests/{user_id:str}/token", include_in_schema=False)
-    async def new_token(user_id: str) -> Guest:
-        # Nobody can guess the id of another guest, and nobody else gets a token here.
-        if not _GUEST.fullmatch(user_id):
-            raise refuse_caller()
-        return _guest(user_id)
-
-    def _guest(user_id: str) -> Guest:
-        return Guest(user_id, mint(demo.tokens, user_id, seconds=TOKEN_SECONDS), TOKEN_SECONDS)
-
-    @post("/demo/advisors/{advisor_id:str}/chats/{chat_id:str}/start", status_code=200, include_in_schema=False)
-    async def start(request: Request[Any, Any, Any], advisor_id: str, chat_id: str) -> ReadingBody:
-        check_ids(advisor_id=advisor_id, chat_id=chat_id)
-        reading = await operations.start(
-            _service(request), await _user(request), chat_id, advisor_id=advisor_id, key=_key(request)
-        )
-        return _shown(request, reading)
-
-    @post("/demo/chats/{chat_id:str}/pause", status_code=200, include_in_schema=False)
-    async def pause(request: Request[Any, Any, Any], chat_id: str) -> ReadingBody:
-        check_ids(chat_id=chat_id)
-        return _shown(request, await operations.pause(_service(request), await _user(request), chat_id))
-
-    @post("/demo/chats/{chat_id:str}/stop", status_code=200, include_in_schema=False)
-    async def stop(request: Request[Any, Any, Any], chat_id: str) -> ReadingBody:
-        check_ids(chat_id=chat_id)
-        return _shown(request, await operations.stop(_service(request), await _user(request), chat_id))
-
-    @post("/demo/credits", include_in_schema=False)
-    async def top_up(request: Request[Any, Any, Any]) -> LedgerEntryBody:
-        return await _credit(
-            request, await _user(request), CreditKind.PURCHASE, TOP_UP, memo="topped up in the demo", key=_key(request)
-        )
-
     return Router(
         "/",
-        route_handlers=[demo_page, advisors, new_guest, new_token, start, pause, stop, top_up],
+        route_handlers=[demo_page, advisors, new_guest, new_token, start_chat, pause_chat, stop_chat, top_up],
         before_request=_only_here,
         cache_control=CacheControlHeader(no_store=True),
         response_class=JsonResponse,
+        opt={"demo": demo},
     )
 
 
@@ -157,6 +174,11 @@ def _only_here(request: Request[Any, Any, Any]) -> None:
     # The socket is on loopback. A page elsewhere whose name was pointed at it would still come under that name.
     if not _THIS_MACHINE.fullmatch(request.headers.get("Host", "")):
         raise Refusal(FORBIDDEN, "the demo serves this machine alone; open it as http://127.0.0.1 or http://localhost")
+
+
+def _guest(request: Request[Any, Any, Any], user_id: str) -> Guest:
+    demo: Demo = request.route_handler.opt["demo"]
+    return Guest(user_id, mint(demo.tokens, user_id, seconds=TOKEN_SECONDS), TOKEN_SECONDS)
 
 
 def _service(request: Request[Any, Any, Any]) -> Service:

@@ -66,9 +66,10 @@ export class ChatClock extends EventTarget {
       this.#leads = !locks;
       const lead = () => {
         this.#leads = true;
+        if (this.#reading) this.#wake(0);
         return new Promise((release) => (this.#release = release));
       };
-      locks?.request(`${name} ${chatId}`, { signal }, lead).catch(() => {}); // closed while it waited
+      locks?.request(`${name} ${chatId}`, { signal }, lead).catch(() => {}); // closed
     }
     const nudge = () => {
       if (!globalThis.document?.hidden && performance.now() > this.#heard + 1000) this.#wake(0);
@@ -111,9 +112,10 @@ export class ChatClock extends EventTarget {
     };
   }
 
-  // Never earlier than was shown before, nor later than a command that waits for its answer.
+  // Never earlier than shown before, nor later than a command that waits for its answer.
   #at() {
-    const now = this.#time.now(performance.now()) ?? this.#reading.asOf;
+    const { accruing, asOf } = this.#reading;
+    const now = (accruing && this.#time.now(performance.now())) || asOf;
     return (this.#floor = Math.max(this.#floor, Math.min(now, this.#hold ?? now)));
   }
 
@@ -217,14 +219,14 @@ export class ChatClock extends EventTarget {
       if (body && this.#apply(body)) this.#wake(1.3 * this.#every); // after the one that spoke
     } else if (starting && advisorId === this.#reading?.body.advisor_id) {
       this.#freeze(starting);
-      alarm(ANSWER_MS_MAX, () => this.#thaw(starting)); // should that tab be gone
+      alarm(ANSWER_MS_MAX, () => this.#thaw(starting)); // if that tab is gone
     } else if (started) {
       const thaw = () => this.#thaw(started);
       this.refresh().then(thaw, thaw);
     }
   }
 
-  // A tab that does not lead steps in if the one that does falls silent.
+  // Who does not lead steps in if the one who does falls silent.
   get #every() {
     const often = this.#leads || this.#time.uncertainty(performance.now()) > SURE_US;
     return this.#beat * (often ? 1 : 1.5);

@@ -9,7 +9,7 @@ export class ServerTime {
   #low = -Infinity;
   #high = Infinity;
   #sampled = 0;
-  #offset = null; // the distance that is shown
+  #offset = null; // as shown
   #shown = 0;
 
   sample(sentMs, receivedMs, serverUs) {
@@ -21,10 +21,6 @@ export class ServerTime {
       [this.#low, this.#high] = [low, high]; // a clock was set, or slept
     }
     this.#sampled = receivedMs;
-    if (this.#offset === null) {
-      this.#offset = this.#middle;
-      this.#shown = receivedMs;
-    }
   }
 
   uncertainty(nowMs) {
@@ -32,7 +28,8 @@ export class ServerTime {
   }
 
   now(nowMs) {
-    if (this.#offset === null) return null;
+    if (this.#high === Infinity) return null;
+    this.#offset ??= this.#middle;
     const late = this.#middle - this.#offset;
     const most = Math.max(0, nowMs - this.#shown) * 1000 * SLEW;
     this.#offset += Math.abs(late) > STEP_US ? late : Math.max(-most, Math.min(most, late));

@@ -13,6 +13,7 @@ export class Proof {
   #fetch;
   #clock = null;
   #trace = [];
+  #asking = false;
 
   constructor({ token, fetch }) {
     this.#token = token;
@@ -32,13 +33,18 @@ export class Proof {
 
   async #ask() {
     const clock = this.#clock;
-    if (!clock?.shown.ready || document.hidden) return;
+    if (this.#asking || !clock?.shown.ready || document.hidden) return;
+    this.#asking = true;
     const { user_id, chat_id } = clock.shown.reading.body;
     try {
       const headers = { Authorization: `Bearer ${await this.#token()}` };
       const before = clock.current();
       const sent = performance.now();
-      const response = await this.#fetch(`/v1/users/${user_id}/chats/${encodeURIComponent(chat_id)}`, { headers, cache: "no-store" });
+      const response = await this.#fetch(`/v1/users/${user_id}/chats/${encodeURIComponent(chat_id)}`, {
+        headers,
+        cache: "no-store",
+        signal: AbortSignal.timeout(5 * EVERY_MS),
+      });
       const received = performance.now();
       const after = clock.current();
       const reading = await response.json();
@@ -59,6 +65,8 @@ export class Proof {
     } catch {
       $("server-time").textContent = "no answer";
       $("difference").textContent = "–";
+    } finally {
+      this.#asking = false;
     }
   }
 

@@ -211,6 +211,7 @@ function frame() {
   const shown = selected?.clock.current();
   const [time, fraction] = shown?.ready ? precise(shown.elapsedUs).split(/(?=\.)/) : [selected ? "–:––" : "0:00", ""];
   if ($("now-clock").textContent !== time) $("now-clock").textContent = time;
+  $("now-clock").dateTime = shown?.ready ? `PT${(shown.elapsedUs / 1e6).toFixed(6)}S` : "";
   if ($("now-fraction").textContent !== fraction) $("now-fraction").textContent = fraction;
   requestAnimationFrame(frame);
 }
