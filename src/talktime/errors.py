@@ -5,6 +5,11 @@
     TalktimeError
     ├── SettingError                 a wrong value in the environment; names the variable
     ├── SchemaError                  the database cannot be migrated
+    ├── ServiceKeyError              for operators; no request of the API meets one
+    │   ├── InvalidKeyName           no name for a key, or a reserved one
+    │   ├── KeyNameTaken             there is a key of this name, if only a revoked one
+    │   └── KeyNotFound
+    ├── CannotMint                   a token cannot be made here, or not for this
     ├── NotFound
     │   ├── UserNotFound
     │   └── ChatNotFound
@@ -36,6 +41,38 @@ class SettingError(TalktimeError):
 
 class SchemaError(TalktimeError):
     """The database cannot be migrated: the role may not, or a newer release wrote it."""
+
+
+class ServiceKeyError(TalktimeError):
+    """A service key cannot be made or revoked."""
+
+
+class InvalidKeyName(ServiceKeyError):
+    """The name is not fit for a service key."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"a key cannot be named {name!r}: names are 1 to 64 characters out of letters, digits and -_.:@+=~|, and "
+            "neither . nor .. nor environment"
+        )
+
+
+class KeyNameTaken(ServiceKeyError):
+    """There is a service key of this name already; the names of revoked ones are not used again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is, or was, a key named {name!r}; choose another name")
+
+
+class KeyNotFound(ServiceKeyError):
+    """There is no service key of this name in the database."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no key named {name!r}")
+
+
+class CannotMint(TalktimeError):
+    """A token cannot be made: the key that signs is elsewhere, or nobody would take such a token."""
 
 
 class NotFound(TalktimeError):

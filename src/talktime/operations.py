@@ -98,11 +98,22 @@ async def get_advisor(service: Service, advisor_id: str) -> tuple[RateCard, bool
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-async def start(service: Service, user_id: str, chat_id: str, *, advisor_id: str, key: str | None) -> Reading:
-    """Start a chat's clock; see `talktime.meter.commands.start`."""
+async def start(
+    service: Service, user_id: str, chat_id: str, *, advisor_id: str, key: str | None, create: bool = True
+) -> Reading:
+    """Start a chat's clock; see `talktime.meter.commands.start`.
+
+    Unless it may `create`, a chat that does not exist is not found, and nothing is written.
+    """
 
     async def work(connection: AsyncConnection) -> Reading:
-        stored, now = await accounts.lock_or_create(connection, user_id, chat_id=chat_id, advisor_id=advisor_id)
+        if create:
+            stored, now = await accounts.lock_or_create(connection, user_id, chat_id=chat_id, advisor_id=advisor_id)
+        else:
+            locked = await accounts.lock(connection, user_id, chat_id=chat_id, advisor_id=advisor_id)
+            if locked is None or chat_id not in locked[0].account.chats:
+                raise ChatNotFound(user_id, chat_id)
+            stored, now = locked
         card = await ledger.load_card(connection, advisor_id) or service.default_card
         after = commands.start(
             stored.account,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -17,13 +22,43 @@ from talktime.errors import SettingError
 from talktime.meter.state import Policy, RateCard, Scope, Tariff
 from talktime.meter.units import MAX_RATE, format_credits, parse_credits, parse_seconds
 
+SECRET_BYTES_MIN = 32
+LEEWAY_SECONDS_MAX = 30
+ALGORITHMS = ("HS256", "RS256", "ES256")
+
+_TOKEN_SETTINGS = ("ALGORITHM", "ISSUER", "AUDIENCE", "LEEWAY_SECONDS")
+
+
+class UserMay(IntEnum):
+    """What users may do with what is theirs; each also what comes before it."""
+
+    READ = 1
+    BEAT = 2
+    CONTROL = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSettings:
+    """Which tokens (JWTs) of the host product are taken.
+
+    With HS256 there is a `secret`; with the other algorithms, public keys in the file `jwks`. `leeway_s` is how far
+    the clock that the token was made by may be from ours, in seconds.
+    """
+
+    algorithm: str
+    secret: bytes | None = field(repr=False)
+    jwks: Path | None
+    issuer: str
+    audience: str
+    leeway_s: int
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that can be set. Durations are in microseconds.
 
-    `database_url` is None where the embedded PostgreSQL of `home` is to be used, `service_key` where the one kept in
-    `home` is.
+    `database_url` is None where the embedded PostgreSQL of `home` is to be used; `service_key` where the environment
+    has none; `tokens` where none are to be taken. Pages of `cors_origins` may read answers.
     """
 
     database_url: URL | None
@@ -33,6 +68,9 @@ class Settings:
     heartbeat_us: int
     default_card: RateCard
     reconcile_us: int
+    tokens: TokenSettings | None
+    user_may: UserMay
+    cors_origins: tuple[str, ...]
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -58,6 +96,9 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             Tariff(_rate(environment)), _seconds(environment, "TALKTIME_FREE_SECONDS", "180", zero=True)
         ),
         reconcile_us=_seconds(environment, "TALKTIME_RECONCILE_SECONDS", "15"),
+        tokens=_tokens(environment),
+        user_may=_user_may(environment),
+        cors_origins=_cors_origins(environment),
     )
 
 
@@ -72,6 +113,24 @@ def home_folder(text: str) -> Path:
     except RuntimeError:
         message = "must be a folder; there is no such user"
         raise ValueError(message) from None
+
+
+def kept_secret(path: Path) -> str:
+    """Return the secret that is kept in a file; at its first use a random one is made there, for the owner alone."""
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Written aside and linked: two starts at once agree on one secret, and a crash leaves a whole one or none.
+        descriptor, fresh = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(SECRET_BYTES_MIN) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+        finally:
+            Path(fresh).unlink()
+    return path.read_text(errors="replace").strip()
 
 
 def _home(environment: Mapping[str, str]) -> Path:
@@ -145,3 +204,103 @@ def _service_key(environment: Mapping[str, str]) -> str | None:
     if len(key) < 16 or not key.isascii() or not key.isprintable() or " " in key:  # noqa: PLR2004
         raise SettingError(name, "must be at least 16 printable ASCII characters without spaces")
     return key
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _tokens(environment: Mapping[str, str]) -> TokenSettings | None:
+    given = {name: environment.get(f"TALKTIME_TOKEN_{name}") or None for name in ("SECRET", "JWKS", *_TOKEN_SETTINGS)}
+    secret, jwks, issuer = given["SECRET"], given["JWKS"], given["ISSUER"]
+    if secret is None and jwks is None:
+        for name in _TOKEN_SETTINGS:
+            if given[name] is not None:
+                raise _token_error(name, "is of no use without TALKTIME_TOKEN_SECRET or TALKTIME_TOKEN_JWKS")
+        return None
+    if secret is not None and jwks is not None:
+        raise _token_error("JWKS", "must not be set together with TALKTIME_TOKEN_SECRET")
+    algorithm = _token_algorithm(given["ALGORITHM"], symmetric=secret is not None)
+    if issuer is None:
+        raise _token_error("ISSUER", "is required: the `iss` of the tokens that are to be taken")
+    return TokenSettings(
+        algorithm=algorithm,
+        secret=None if secret is None else _token_secret(secret),
+        jwks=None if jwks is None else Path(jwks).absolute(),
+        issuer=issuer,
+        audience=given["AUDIENCE"] or "talktime",
+        leeway_s=_token_leeway(given["LEEWAY_SECONDS"] or "10"),
+    )
+
+
+def _token_error(name: str, reason: str) -> SettingError:
+    return SettingError(f"TALKTIME_TOKEN_{name}", reason)
+
+
+def _token_algorithm(text: str | None, *, symmetric: bool) -> str:
+    if text is None:
+        if symmetric:
+            return "HS256"
+        raise _token_error("ALGORITHM", "is required with TALKTIME_TOKEN_JWKS: RS256 or ES256")
+    if text not in ALGORITHMS:
+        raise _token_error("ALGORITHM", f"must be one of {', '.join(ALGORITHMS)}, not {text!r}")
+    if symmetric and text != "HS256":
+        raise _token_error("ALGORITHM", f"must be HS256 with TALKTIME_TOKEN_SECRET; {text} wants TALKTIME_TOKEN_JWKS")
+    if not symmetric and text == "HS256":
+        raise _token_error("ALGORITHM", "must be RS256 or ES256 with TALKTIME_TOKEN_JWKS")
+    return text
+
+
+def _token_secret(text: str) -> bytes:
+    secret = os.fsencode(text)
+    if len(secret) < SECRET_BYTES_MIN:
+        raise _token_error("SECRET", f"must be at least {SECRET_BYTES_MIN} bytes")
+    return secret
+
+
+def _token_leeway(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 2 and int(text) <= LEEWAY_SECONDS_MAX):  # noqa: PLR2004
+        raise _token_error("LEEWAY_SECONDS", f"must be an integer from 0 to {LEEWAY_SECONDS_MAX}, not {text!r}")
+    return int(text)
+
+
+# --- users and pages --------------------------------------------------------------------------------------------------
+
+
+def _user_may(environment: Mapping[str, str]) -> UserMay:
+    name = "TALKTIME_USER_MAY"
+    text = environment.get(name) or "beat"
+    names = {may.name.lower(): may for may in UserMay}
+    if text not in names:
+        raise SettingError(name, f"must be one of {', '.join(names)}, not {text!r}")
+    return names[text]
+
+
+_ORIGIN = re.compile(r"(https?)://(?:[a-z0-9](?:[a-z0-9_.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::([1-9][0-9]{0,4}))?")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_PORT_MAX = 65_535
+
+
+def _cors_origins(environment: Mapping[str, str]) -> tuple[str, ...]:
+    name = "TALKTIME_CORS_ORIGINS"
+    text = environment.get(name)
+    if not text:
+        return ()
+    origins = [origin.strip() for origin in text.split(",")]
+    for origin in origins:
+        if not _is_origin(origin):
+            raise SettingError(
+                name,
+                "must be origins as browsers send them, separated by commas: http or https, a host in lower case, a "
+                "port if it is not the scheme's own, and nothing else, as in https://app.example.com; not "
+                f"{origin!r}",
+            )
+    return tuple(dict.fromkeys(origins))
+
+
+def _is_origin(text: str) -> bool:
+    """Tell whether browsers send this as an origin: anything else would never be met, and so never be allowed."""
+    match = _ORIGIN.fullmatch(text)
+    if match is None:
+        return False
+    scheme, port = match.groups()
+    return port is None or (int(port) <= _PORT_MAX and int(port) != _DEFAULT_PORTS[scheme])

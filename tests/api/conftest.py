@@ -17,7 +17,7 @@ CLOSED_PORT = "postgresql+psycopg://nobody:nothing@127.0.0.1:1/nowhere"
 
 
 def make_app() -> Litestar:
-    return create_app(load_settings({}), KEY, lambda: Database(CLOSED_PORT))
+    return create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY}), lambda: Database(CLOSED_PORT))
 
 
 @pytest.fixture(scope="package")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from httpx import AsyncClient, Response
@@ -28,12 +29,12 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(url: URL, **variables: str) -> AsyncIterator[AsyncClient]:
+async def serving(url: URL, *, pages: Sequence[Any] = (), **variables: str) -> AsyncIterator[AsyncClient]:
     """Serve the application over a database and yield a client with the service key.
 
-    The settings are those of an environment that holds these variables and nothing else.
+    The settings are those of an environment that holds the service key, these variables and nothing else.
     """
-    app = create_app(load_settings(variables), KEY, lambda: Database(url))
+    app = create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY, **variables}), lambda: Database(url), pages=pages)
     server = _Server(uvicorn.Config(app, log_config=None, access_log=False))
     # With the protocol named, as the command does: asyncio turns off Nagle's algorithm only then.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from talktime import errors
 from talktime.api.app import create_app
+from talktime.api.auth import Gate
 from talktime.api.problems import DOMAIN
 from talktime.settings import load_settings
 from talktime.store.database import Database
@@ -184,6 +185,22 @@ def test_applications_in_one_process_count_apart() -> None:
         assert _requests(other) == {}
 
 
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@get("/page", include_in_schema=False)
+async def page() -> str:
+    return "a page"
+
+
+def test_pages_are_served_beside_the_api_without_a_credential() -> None:
+    app = create_app(load_settings({}), lambda: Database(CLOSED_PORT), pages=[page])
+    with TestClient(app) as client:
+        assert (200, "a page") == ((response := client.get("/page")).status_code, response.text)
+        problem_of(client.get("/v1/advisors/a1"), 401, "unauthorized")
+    assert isinstance(app.state["gate"], Gate)
+
+
 # --- lifetime ---------------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +217,7 @@ def test_the_database_is_opened_at_the_start_and_closed_at_the_end(monkeypatch: 
         return Database(CLOSED_PORT)
 
     monkeypatch.setattr(Database, "close", noted_close)
-    app = create_app(load_settings({}), KEY, noted_open)
+    app = create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY}), noted_open)
     assert events == []
     with TestClient(app) as client:
         client.get("/livez")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from litestar import Litestar, Request, Response, get
-from litestar.datastructures import State
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import ResponseHeader, State
 from litestar.exceptions import HTTPException
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -15,8 +16,9 @@ from talktime import operations
 from talktime.api.auth import Gate
 from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
 from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
+from talktime.api.keyring import KeyRing
 from talktime.api.metrics import Meters, MetricsConfig
-from talktime.api.params import check_path
+from talktime.api.params import IDEMPOTENCY_KEY, check_path
 from talktime.api.problems import (
     Refusal,
     answer_domain_error,
@@ -26,17 +28,24 @@ from talktime.api.problems import (
 )
 from talktime.api.routes import v1_router
 from talktime.api.schemas import Health, JsonResponse
+from talktime.api.tokens import Tokens
 from talktime.errors import DatabaseUnavailable, TalktimeError
+from talktime.keys import active_keys
 from talktime.operations import Service
 from talktime.settings import Settings
 from talktime.store.database import Database
 
+PREFLIGHT_SECONDS = 600
 
-def create_app(settings: Settings, service_key: str, open_database: Callable[[], Database]) -> Litestar:
-    """Make the application.
+
+def create_app(settings: Settings, open_database: Callable[[], Database], *, pages: Sequence[Any] = ()) -> Litestar:
+    """Make the application, with `pages` as further route handlers.
 
     It opens the database when it starts and closes it when it shuts down. A database that cannot be reached does not
     keep it from starting: requests are answered with 503 until it can.
+
+    Raises:
+        SettingError: the keys for tokens cannot be used.
     """
 
     @asynccontextmanager
@@ -50,23 +59,29 @@ def create_app(settings: Settings, service_key: str, open_database: Callable[[],
         finally:
             await database.close()
 
-    gate = Gate(service_key)
+    async def load_keys() -> dict[bytes, str]:
+        return await active_keys(cast("Service", app.state["service"]).database)
+
+    gate = Gate(
+        KeyRing(settings.service_key, load_keys),
+        None if settings.tokens is None else Tokens(settings.tokens),
+        settings.user_may,
+    )
     metrics = MetricsConfig()
 
     def answer_unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
-        """Answer Litestar's own errors. Where no route was found the gate has not been asked yet."""
+        """Answer Litestar's own errors. Which paths there are is no secret; /schema lists them."""
         if "route_handler" not in request.scope and request.scope["path"].startswith("/v1/"):
             try:
-                gate.admit(request)
                 check_path(request)
             except Refusal as refusal:
                 return answer_refusal(request, refusal)
         return answer_framework_error(request, error)
 
-    return Litestar(
-        route_handlers=[v1_router(gate), livez, readyz, metrics_page],
+    app = Litestar(
+        route_handlers=[v1_router(gate), livez, readyz, metrics_page, *pages],
         lifespan=[lifespan],
-        state=State({"heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
+        state=State({"gate": gate, "heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
         middleware=[metrics.middleware],
         request_class=ApiRequest,
         request_max_body_size=BODY_BYTES_MAX,
@@ -83,7 +98,24 @@ def create_app(settings: Settings, service_key: str, open_database: Callable[[],
         logging_config=None,
         debug=False,
         pdb_on_exception=False,
+        **_cors(settings.cors_origins),
     )
+    return app
+
+
+def _cors(origins: Sequence[str]) -> dict[str, Any]:
+    """Let pages of these origins call: with a token in a header, never with cookies."""
+    if not origins:
+        return {}
+    config = CORSConfig(
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "PUT"],
+        allow_headers=["Authorization", "Content-Type", IDEMPOTENCY_KEY],
+        expose_headers=["Retry-After", "WWW-Authenticate"],
+        max_age=PREFLIGHT_SECONDS,
+    )
+    # Also where no origin was sent: such an answer must not be kept for a page of another origin.
+    return {"cors_config": config, "response_headers": [ResponseHeader(name="Vary", value="Origin")]}
 
 
 @get(

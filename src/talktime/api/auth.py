@@ -1,71 +1,90 @@
 """Who is calling. Asked of everything under /v1, before the path, the query and the body are looked at.
 
-So far there is one kind of caller, a service with the service key. A further kind (users and advisors with tokens of
-the host product) is a further class in `Caller`, recognized in `Gate.identify`; what a caller may do is decided where
-`request.auth` is read.
+There is one scheme, Bearer. What stands behind it is told apart by its form: the environment's service key, a service
+key of the database (`tt_...`), or a token (three parts with dots between). Only for a key of the database is the
+database asked.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from litestar import Request
 
-from talktime.api.problems import UNAUTHORIZED, Refusal
+from talktime.api.callers import Caller, ServiceCaller, check_access
+from talktime.api.keyring import KeyRing
+from talktime.api.problems import UNAUTHORIZED, Refusal, refuse_credential
+from talktime.api.tokens import Tokens
+from talktime.keys import KEY_PREFIX, digest_of
+from talktime.settings import UserMay
 
 SECURITY_SCHEME = "bearer"
 """The name of the scheme in the OpenAPI document."""
 
-
-@dataclass(frozen=True, slots=True)
-class ServiceCaller:
-    """A program of the host product with the service key; it may do everything."""
-
-
-Caller = ServiceCaller
-
 _SERVICE = ServiceCaller()
+_TOKEN_DOTS = 2
 
 
 class Gate:
-    """Tells callers apart by their bearer credential."""
+    """Tells callers apart by their bearer credential, and lets each where it may go."""
 
-    def __init__(self, service_key: str) -> None:
-        self._service_digest = _digest(service_key.encode())
+    def __init__(self, keys: KeyRing, tokens: Tokens | None, user_may: UserMay) -> None:
+        self._keys = keys
+        self._tokens = tokens
+        self._user_may = user_may
 
-    def admit(self, request: Request[Any, Any, Any]) -> None:
+    async def admit(self, request: Request[Any, Any, Any]) -> None:
         """Let a request in, with its caller as `request.auth`.
 
         Raises:
-            Refusal: no credential, or one that is not known.
+            Refusal: no credential, one that is not valid, or a caller who may not do this.
+            DatabaseUnavailable: the database cannot be asked whether a service key is in force.
         """
-        request.scope["auth"] = self.identify(request.scope["headers"])
+        scope = request.scope
+        caller = scope["auth"] = await self.identify(scope["headers"])
+        check_access(caller, request.route_handler.opt, scope["path_params"], self._user_may)
 
-    def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
+    async def identify(self, headers: Iterable[tuple[bytes, bytes]]) -> Caller:
         """Return who is calling.
 
         Raises:
-            Refusal: no credential, or one that is not known.
+            Refusal: no credential, or one that is not valid.
+            DatabaseUnavailable: the database cannot be asked whether a service key is in force.
         """
         credential = _bearer_credential(headers)
-        # Digests have one length, so the comparison tells nothing of the key's.
-        if not hmac.compare_digest(_digest(credential), self._service_digest):
-            raise Refusal(UNAUTHORIZED, "the bearer credential is not known here")
-        return _SERVICE
+        if await self.find_key(credential) is not None:
+            return _SERVICE
+        if self._tokens is not None and credential.count(".") == _TOKEN_DOTS:
+            return self._tokens.verify(credential)
+        raise refuse_credential()
+
+    async def find_key(self, credential: str) -> bytes | None:
+        """Return the digest of a service key in force, the environment's or one of the database; else None.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be asked.
+        """
+        digest = digest_of(credential)
+        if self._keys.is_environment(digest):
+            return digest
+        if credential.startswith(KEY_PREFIX) and await self._keys.find(digest) is not None:
+            return digest
+        return None
+
+    async def key_name(self, digest: bytes) -> str | None:
+        """Return the name of the key in force that has this digest.
+
+        Raises:
+            DatabaseUnavailable: the database cannot be asked.
+        """
+        return await self._keys.find(digest)
 
 
-def _bearer_credential(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+def _bearer_credential(headers: Iterable[tuple[bytes, bytes]]) -> str:
     given = [value for name, value in headers if name == b"authorization"]
     if len(given) == 1:
         scheme, _, credential = given[0].strip().partition(b" ")
         if scheme.lower() == b"bearer" and credential.strip():
-            return credential.strip()
-    raise Refusal(UNAUTHORIZED, "send the service key as `Authorization: Bearer <key>`")
-
-
-def _digest(credential: bytes) -> bytes:
-    return hashlib.sha256(credential).digest()
+            return credential.strip().decode("latin-1")
+    raise Refusal(UNAUTHORIZED, "send a service key or a token as `Authorization: Bearer <credential>`")

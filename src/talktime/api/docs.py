@@ -37,6 +37,10 @@ Exact metering for chats that are paid by the minute.
   (`..._seconds`), and instants are RFC 3339 in UTC with microseconds and `Z`. Nothing is a float.
 - Ids are the host product's own: 1 to 128 characters out of letters, digits and `-_.:@+=~|`, not `.` or `..`;
   percent-encode them in paths.
+- Services call with a service key and may do everything. Users call with a token (JWT) of the host product whose `sub`
+  is the user's id, and may read their chats, account and ledger; what else (send heartbeats; or start, pause and stop
+  the chats that there are) is a setting. Advisors, with a `role` of `advisor` and their id as `sub`, may read the chats
+  with them. All else is a 403, which never tells whether a thing exists.
 - Errors are problem documents (RFC 9457) whose `type` and `code` never change; `errors` says what was wrong and where.
 - After a 503, or where no answer came, repeat the request: start, heartbeat, pause, stop and a credit with its
   Idempotency-Key can be repeated safely.
@@ -44,7 +48,8 @@ Exact metering for chats that are paid by the minute.
 
 _MEANINGS = {
     400: "The request is not valid; `errors` says what is wrong and where.",
-    401: "No credential, or one that is not known.",
+    401: "No credential, or one that is not valid.",
+    403: "This caller may not do this, whether or not it exists.",
     404: "It does not exist.",
     409: "The state of things refuses the request.",
     413: "The body is larger than 1 MiB.",
@@ -200,7 +205,9 @@ SCHEMA_PLUGIN = _InputSchemas()
 def openapi_config() -> OpenAPIConfig:
     """Return the configuration of the OpenAPI document and its page, at /schema."""
     schemes: Mapping[str, Any] = {
-        SECURITY_SCHEME: SecurityScheme(type="http", scheme="bearer", description="The service key")
+        SECURITY_SCHEME: SecurityScheme(
+            type="http", scheme="bearer", description="A service key, or a token (JWT) of a user or an advisor"
+        )
     }
     return OpenAPIConfig(
         title="talktime",

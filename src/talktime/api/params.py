@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 from litestar import Request
+from litestar.openapi.spec import OpenAPIType
+from litestar.params import HeaderParameter, PathParameter, QueryParameter
 
 from talktime.api.problems import Fault, Refusal, refuse_input
 from talktime.meter.state import ChatState
@@ -22,6 +24,54 @@ ID_SCHEMA: dict[str, Any] = {"pattern": r"^(?!\.\.?$)[A-Za-z0-9_.:@+=~|-]{1,128}
 KEY_SCHEMA: dict[str, Any] = {"pattern": "^[ -~]{1,255}$", "min_length": 1, "max_length": 255}
 
 ID_RULE = "must be 1 to 128 characters out of letters, digits and -_.:@+=~|, and neither . nor .."
+
+AdvisorId = Annotated[str, PathParameter(description="The advisor's id", schema_extra=ID_SCHEMA)]
+UserId = Annotated[str, PathParameter(description="The user's id", schema_extra=ID_SCHEMA)]
+ChatId = Annotated[str, PathParameter(description="The chat's id, unique for this user", schema_extra=ID_SCHEMA)]
+Limit = Annotated[
+    str | None,
+    QueryParameter(
+        description="How many items a page has at most",
+        schema_extra={
+            "type": OpenAPIType.INTEGER,
+            "one_of": None,
+            "minimum": 1,
+            "maximum": PAGE_MAX,
+            "default": PAGE_DEFAULT,
+        },
+    ),
+]
+Cursor = Annotated[
+    str | None,
+    QueryParameter(
+        description="The `next` of the page before", schema_extra={"type": OpenAPIType.STRING, "one_of": None}
+    ),
+]
+State = Annotated[
+    str | None,
+    QueryParameter(
+        name="state",
+        description="Only chats in this state, as it is now",
+        schema_extra={"type": OpenAPIType.STRING, "one_of": None, "enum": [state.value for state in ChatState]},
+    ),
+]
+CreditKey = Annotated[
+    str,
+    HeaderParameter(
+        name=IDEMPOTENCY_KEY,
+        description="Names this credit for ever, once per user: repeating it changes nothing and gives the same answer",
+        schema_extra=KEY_SCHEMA,
+    ),
+]
+StartKey = Annotated[
+    str | None,
+    HeaderParameter(
+        name=IDEMPOTENCY_KEY,
+        description="Names this start: repeating the chat's latest start changes nothing, so that a delayed duplicate "
+        "does not restart a paused clock",
+        schema_extra={"type": OpenAPIType.STRING, "one_of": None, **KEY_SCHEMA},
+    ),
+]
 
 _ID = re.compile(r"[A-Za-z0-9_.:@+=~|-]{1,128}")
 _LIMIT = re.compile(r"\d{1,9}", re.ASCII)

@@ -39,6 +39,11 @@ UNSUPPORTED_MEDIA_TYPE = Kind(415, "unsupported-media-type", "The body is not of
 UNAVAILABLE = Kind(503, "unavailable", "The database does not answer")
 INTERNAL = Kind(500, "internal-error", "Something went wrong on our side")
 
+FORBIDDEN_DETAIL = "this caller may not do this"
+"""All that is said with a 403: whether what was asked for exists is not for this caller to know."""
+
+_CHALLENGE = 'Bearer realm="talktime"'
+
 DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
     errors.UserNotFound: Kind(404, "user-not-found", "The user has no account"),
     errors.ChatNotFound: Kind(404, "chat-not-found", "The user has no such chat"),
@@ -54,7 +59,7 @@ DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
 FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
     400: (INVALID_INPUT, "the request is not valid"),
     401: (UNAUTHORIZED, "authentication is required"),
-    403: (FORBIDDEN, "this is not allowed"),
+    403: (FORBIDDEN, FORBIDDEN_DETAIL),
     404: (NOT_FOUND, "no such path"),
     405: (METHOD_NOT_ALLOWED, "this path does not take this method; see Allow"),
     413: (TOO_LARGE, "the body is larger than is taken here"),
@@ -87,16 +92,29 @@ class ProblemBody(Struct, frozen=True, omit_defaults=True):
 class Refusal(Exception):
     """A request that the API itself turns down."""
 
-    def __init__(self, kind: Kind, detail: str, faults: Sequence[Fault] = ()) -> None:
+    def __init__(
+        self, kind: Kind, detail: str, faults: Sequence[Fault] = (), headers: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self.detail = detail
         self.faults = faults
+        self.headers = headers
         super().__init__(detail)
 
 
 def refuse_input(*faults: Fault) -> Refusal:
     """Return the refusal of a request with these faults."""
     return Refusal(INVALID_INPUT, "; ".join(f"{_place_of(fault)}{fault.detail}" for fault in faults), faults)
+
+
+def refuse_credential(detail: str = "the bearer credential is not valid here") -> Refusal:
+    """Return the refusal of a request whose credential lets nobody in. The detail never holds the credential."""
+    return Refusal(UNAUTHORIZED, detail, headers={"WWW-Authenticate": f'{_CHALLENGE}, error="invalid_token"'})
+
+
+def refuse_caller() -> Refusal:
+    """Return the refusal of a caller that is known, and may not do this; it is always the same."""
+    return Refusal(FORBIDDEN, FORBIDDEN_DETAIL)
 
 
 def _place_of(fault: Fault) -> str:
@@ -120,7 +138,7 @@ def problem(
     """Return the response that tells of a problem."""
     also = {"Cache-Control": "no-store"}
     if kind is UNAUTHORIZED:
-        also["WWW-Authenticate"] = "Bearer"
+        also["WWW-Authenticate"] = _CHALLENGE
     if kind is UNAVAILABLE:
         also["Retry-After"] = "1"
     body = ProblemBody(
@@ -137,7 +155,7 @@ def problem(
 
 def answer_refusal(_: Request[Any, Any, Any], error: Refusal) -> Response[Any]:
     """Answer a request that the API turned down."""
-    return problem(error.kind, error.detail, faults=error.faults)
+    return problem(error.kind, error.detail, faults=error.faults, headers=error.headers)
 
 
 def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeError) -> Response[Any]:

@@ -1,28 +1,31 @@
 """The routes under /v1, one handler per use case.
 
-Bodies, queries and headers are valid when a handler is called; it checks the ids in its path. What is raised on the way
-is answered by `talktime.api.problems`.
+Bodies, queries and headers are valid when a handler is called; it checks the ids in its path. Who else than a service
+may call it, its `opt` says (`talktime.api.callers`). What is raised on the way is answered by `talktime.api.problems`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 from litestar import Request, Router, get, post, put
 from litestar.datastructures import CacheControlHeader
-from litestar.openapi.spec import OpenAPIType
-from litestar.params import HeaderParameter, JSONBody, PathParameter, QueryParameter
+from litestar.params import JSONBody
 
 from talktime import operations
 from talktime.api.auth import SECURITY_SCHEME, Gate
 from talktime.api.bodies import AdvisorBody, ApiRequest, CreditBody, StartBody, check_no_body
+from talktime.api.callers import AdvisorCaller, ServiceCaller
 from talktime.api.docs import problems
 from talktime.api.params import (
-    ID_SCHEMA,
-    IDEMPOTENCY_KEY,
-    KEY_SCHEMA,
-    PAGE_DEFAULT,
-    PAGE_MAX,
+    AdvisorId,
+    ChatId,
+    CreditKey,
+    Cursor,
+    Limit,
+    StartKey,
+    State,
+    UserId,
     check_ids,
     check_request,
     parse_limit,
@@ -32,6 +35,7 @@ from talktime.api.params import (
     write_chats_cursor,
     write_cursor,
 )
+from talktime.api.problems import refuse_caller
 from talktime.api.schemas import (
     AccountAnswer,
     AdvisorAnswer,
@@ -58,58 +62,8 @@ from talktime.errors import (
     WrongAdvisor,
 )
 from talktime.meter.reading import Reading
-from talktime.meter.state import ChatState
 from talktime.operations import Service
-
-# --- parameters -------------------------------------------------------------------------------------------------------
-
-AdvisorId = Annotated[str, PathParameter(description="The advisor's id", schema_extra=ID_SCHEMA)]
-UserId = Annotated[str, PathParameter(description="The user's id", schema_extra=ID_SCHEMA)]
-ChatId = Annotated[str, PathParameter(description="The chat's id, unique for this user", schema_extra=ID_SCHEMA)]
-Limit = Annotated[
-    str | None,
-    QueryParameter(
-        description="How many items a page has at most",
-        schema_extra={
-            "type": OpenAPIType.INTEGER,
-            "one_of": None,
-            "minimum": 1,
-            "maximum": PAGE_MAX,
-            "default": PAGE_DEFAULT,
-        },
-    ),
-]
-Cursor = Annotated[
-    str | None,
-    QueryParameter(
-        description="The `next` of the page before", schema_extra={"type": OpenAPIType.STRING, "one_of": None}
-    ),
-]
-State = Annotated[
-    str | None,
-    QueryParameter(
-        name="state",
-        description="Only chats in this state, as it is now",
-        schema_extra={"type": OpenAPIType.STRING, "one_of": None, "enum": [state.value for state in ChatState]},
-    ),
-]
-CreditKey = Annotated[
-    str,
-    HeaderParameter(
-        name=IDEMPOTENCY_KEY,
-        description="Names this credit for ever, once per user: repeating it changes nothing and gives the same answer",
-        schema_extra=KEY_SCHEMA,
-    ),
-]
-StartKey = Annotated[
-    str | None,
-    HeaderParameter(
-        name=IDEMPOTENCY_KEY,
-        description="Names this start: repeating the chat's latest start changes nothing, so that a delayed duplicate "
-        "does not restart a paused clock",
-        schema_extra={"type": OpenAPIType.STRING, "one_of": None, **KEY_SCHEMA},
-    ),
-]
+from talktime.settings import UserMay
 
 _PAGED = ("limit", "cursor")
 _CHAT = "/users/{user_id:str}/chats/{chat_id:str}"
@@ -132,7 +86,7 @@ def _shown(request: ApiRequest, reading: Reading) -> ReadingBody:
     description="It holds for segments that are opened from now on, and its free time for users who have not started a "
     "chat with this advisor yet. A clock that runs keeps its tariff.",
     tags=["advisors"],
-    responses=problems(400, 401, 413, 415, DatabaseUnavailable),
+    responses=problems(400, 401, 403, 413, 415, DatabaseUnavailable),
     opt={"body": AdvisorBody},
 )
 async def put_advisor(request: ApiRequest, advisor_id: AdvisorId, data: JSONBody[AdvisorBody]) -> AdvisorAnswer:
@@ -148,7 +102,7 @@ async def put_advisor(request: ApiRequest, advisor_id: AdvisorId, data: JSONBody
     summary="Read an advisor's rate card",
     description="The card in force: the advisor's own, or the default one.",
     tags=["advisors"],
-    responses=problems(400, 401, DatabaseUnavailable),
+    responses=problems(400, 401, 403, DatabaseUnavailable),
 )
 async def get_advisor(request: ApiRequest, advisor_id: AdvisorId) -> AdvisorAnswer:
     """Return the card in force for an advisor."""
@@ -167,7 +121,7 @@ async def get_advisor(request: ApiRequest, advisor_id: AdvisorId) -> AdvisorAnsw
     "reaches. An account is made if the user has none. A repeated request gets the answer of the first.",
     tags=["accounts"],
     responses=problems(
-        400, 401, InsufficientBalance, BalanceLimitExceeded, 413, 415, IdempotencyKeyReused, DatabaseUnavailable
+        400, 401, 403, InsufficientBalance, BalanceLimitExceeded, 413, 415, IdempotencyKeyReused, DatabaseUnavailable
     ),
     opt={"body": CreditBody, "key": "required"},
 )
@@ -193,7 +147,8 @@ async def post_credit(
     description="The balance now, what the open segments have cost so far, the running chats, and when the credits "
     "run out if these go on.",
     tags=["accounts"],
-    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    opt={"user": UserMay.READ},
 )
 async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
     """Return a user's account."""
@@ -207,8 +162,8 @@ async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
     summary="List a user's ledger",
     description="Newest first: what came in or was taken, and one charge for each closed segment that cost something.",
     tags=["accounts"],
-    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
-    opt={"query": _PAGED},
+    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    opt={"user": UserMay.READ, "query": _PAGED},
 )
 async def get_ledger(request: ApiRequest, user_id: UserId, limit: Limit = None, cursor: Cursor = None) -> LedgerPage:
     """Return a page of a user's ledger."""
@@ -225,12 +180,13 @@ async def get_ledger(request: ApiRequest, user_id: UserId, limit: Limit = None, 
     f"{_CHAT}/start",
     status_code=200,
     summary="Start a chat's clock",
-    description="Makes the chat if there is none, and the user's account too, so that free time works at once. A clock "
-    "that runs already gets a heartbeat. The user's other running chats in the exclusivity scope stop at the same "
-    "instant. The reading says whether the clock runs (`accruing`): without credits or free time it does not.",
+    description="Makes the chat if there is none, and the user's account too, so that free time works at once; with a "
+    "user's token the chat must exist. A clock that runs already gets a heartbeat. The user's other running chats in "
+    "the exclusivity scope stop at the same instant. The reading says whether the clock runs (`accruing`): without "
+    "credits or free time it does not.",
     tags=["chats"],
-    responses=problems(400, 401, WrongAdvisor, 413, 415, IdempotencyKeyReused, DatabaseUnavailable),
-    opt={"body": StartBody, "key": "optional"},
+    responses=problems(400, 401, 403, ChatNotFound, WrongAdvisor, 413, 415, IdempotencyKeyReused, DatabaseUnavailable),
+    opt={"user": UserMay.CONTROL, "body": StartBody, "key": "optional"},
 )
 async def start(
     request: ApiRequest,
@@ -242,7 +198,13 @@ async def start(
     """Start a chat's clock."""
     check_ids(user_id=user_id, chat_id=chat_id)
     reading = await operations.start(
-        _service(request), user_id, chat_id, advisor_id=str(data.advisor_id), key=idempotency_key
+        _service(request),
+        user_id,
+        chat_id,
+        advisor_id=str(data.advisor_id),
+        key=idempotency_key,
+        # Whoever makes a chat binds its advisor, and so its price.
+        create=isinstance(request.auth, ServiceCaller),
     )
     return _shown(request, reading)
 
@@ -254,7 +216,8 @@ async def start(
     description="Renews the lease of a running clock and resumes a lapsed one. A paused or exhausted chat stays so. "
     "An abandoned or ended chat answers 409 with its reading: start it again.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, ChatNotActive, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, ChatNotActive, 413, DatabaseUnavailable),
+    opt={"user": UserMay.BEAT},
 )
 async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Keep a chat's clock running."""
@@ -268,7 +231,8 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
     summary="Pause a chat",
     description="Stops a running clock. A chat that does not run stays as it is.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 413, DatabaseUnavailable),
+    opt={"user": UserMay.CONTROL},
 )
 async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Pause a chat."""
@@ -282,7 +246,8 @@ async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Readin
     summary="End a chat",
     description="The first stop wins; later ones change nothing. A start opens the chat again.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 413, DatabaseUnavailable),
+    opt={"user": UserMay.CONTROL},
 )
 async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """End a chat."""
@@ -293,14 +258,25 @@ async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Reading
 @get(
     _CHAT,
     summary="Read a chat's clock",
-    description="Changes nothing and locks nothing: poll it as often as you like.",
+    description="Changes nothing and locks nothing: poll it as often as you like. An advisor may read the chats with "
+    "this advisor, without `balance` and `exhausts_at`.",
     tags=["chats"],
-    responses=problems(400, 401, ChatNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, DatabaseUnavailable),
+    opt={"user": UserMay.READ, "advisor": True},
 )
 async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Return a chat's reading."""
     check_ids(user_id=user_id, chat_id=chat_id)
-    return _shown(request, await operations.read_chat(_service(request), user_id, chat_id))
+    if not isinstance(request.auth, AdvisorCaller):
+        return _shown(request, await operations.read_chat(_service(request), user_id, chat_id))
+    try:
+        reading = await operations.read_chat(_service(request), user_id, chat_id)
+    except ChatNotFound:
+        # Answered as a chat with somebody else is: an advisor learns of no other chats.
+        raise refuse_caller() from None
+    if reading.advisor_id != request.auth.advisor_id:
+        raise refuse_caller()
+    return reading_body(reading, request.app.state["heartbeat_us"], for_advisor=True)
 
 
 @get(
@@ -308,8 +284,8 @@ async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Rea
     summary="List a user's chats",
     description="Their readings, the chat started last first.",
     tags=["chats"],
-    responses=problems(400, 401, UserNotFound, DatabaseUnavailable),
-    opt={"query": ("state", *_PAGED)},
+    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    opt={"user": UserMay.READ, "query": ("state", *_PAGED)},
 )
 async def get_chats(
     request: ApiRequest,
@@ -333,8 +309,8 @@ async def get_chats(
     description="The receipt: each stretch in which the clock ran, why it stopped, its free and paid time, and its "
     "cost. Oldest first.",
     tags=["chats"],
-    responses=problems(400, 401, UserNotFound, ChatNotFound, DatabaseUnavailable),
-    opt={"query": _PAGED},
+    responses=problems(400, 401, 403, UserNotFound, ChatNotFound, DatabaseUnavailable),
+    opt={"user": UserMay.READ, "query": _PAGED},
 )
 async def get_segments(
     request: ApiRequest, user_id: UserId, chat_id: ChatId, limit: Limit = None, cursor: Cursor = None
@@ -370,7 +346,7 @@ def v1_router(gate: Gate) -> Router:
     # Not a guard: Litestar copies the whole handler for each guard, a sixth of the time that a reading takes here. A
     # handler with a `before_request` of its own would go past the gate; a test asks each route for its 401.
     async def enter(request: Request[Any, Any, Any]) -> None:
-        gate.admit(request)
+        await gate.admit(request)
         check_request(request)
         if request.method == "POST" and "body" not in request.route_handler.opt:
             await check_no_body(request)

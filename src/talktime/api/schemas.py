@@ -70,13 +70,15 @@ class ReadingBody(Struct, frozen=True):
     free_used_us: int
     free_left_us: int
     credits_used: Credits
-    balance: Credits
+    balance: Annotated[Credits | None, Meta(description="The user's, after all chats; null for advisors")]
     tariff: TariffBody
     count_us: Annotated[int, Meta(description="Paid time in the present count")]
     accrues_until: Annotated[str | None, _instant("Where the clock stops if no further command comes")]
     paid_from: Annotated[str | None, _instant("From when its ticks are paid, if before `accrues_until`; else null")]
     free_until: Annotated[str | None, _instant("The first tick that is not free, if all clocks keep running")]
-    exhausts_at: Annotated[str | None, _instant("When credits run out, if all clocks keep running; null if never")]
+    exhausts_at: Annotated[
+        str | None, _instant("When credits run out, if all clocks keep running; null if never, and for advisors")
+    ]
     started_at: Annotated[str, _instant("The chat's first start")]
     stopped_at: Instant | None
     stop_reason: Annotated[str | None, Meta(description="lapsed, exhausted, switched, paused or ended")]
@@ -196,8 +198,8 @@ def advisor_answer(advisor_id: str, card: RateCard, *, default: bool) -> Advisor
     )
 
 
-def reading_body(reading: Reading, heartbeat_us: int) -> ReadingBody:
-    """Write a reading."""
+def reading_body(reading: Reading, heartbeat_us: int, *, for_advisor: bool = False) -> ReadingBody:
+    """Write a reading. An advisor does not see what the user has, nor when it will be gone."""
     return ReadingBody(
         user_id=reading.user_id,
         chat_id=reading.chat_id,
@@ -211,13 +213,13 @@ def reading_body(reading: Reading, heartbeat_us: int) -> ReadingBody:
         free_used_us=reading.free_used_us,
         free_left_us=reading.free_left_us,
         credits_used=format_credits(reading.credits_used),
-        balance=format_credits(reading.balance),
+        balance=None if for_advisor else format_credits(reading.balance),
         tariff=_tariff_body(reading.tariff),
         count_us=reading.count_us,
         accrues_until=_instant_or_null(reading.accrues_until),
         paid_from=_instant_or_null(reading.paid_from),
         free_until=_instant_or_null(reading.free_until),
-        exhausts_at=_instant_or_null(reading.exhausts_at),
+        exhausts_at=None if for_advisor else _instant_or_null(reading.exhausts_at),
         started_at=format_instant(reading.started_at),
         stopped_at=_instant_or_null(reading.stopped_at),
         stop_reason=None if reading.stop_reason is None else reading.stop_reason.value,
