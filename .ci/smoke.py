@@ -27,6 +27,18 @@ def main(talktime: str, home: Path) -> None:
         call("GET", f"{origin}/readyz")
         answer = call("PUT", f"{origin}/v1/advisors/smoke", key, {"credits_per_minute": "1.5", "free_seconds": 180})
         print(f"PUT /v1/advisors/smoke: {answer}")
+        at_home = ["--home", str(home)]
+        made = run(talktime, "key", "new", "shop", *at_home).strip()
+        print(run(talktime, "credit", "uma", "5", *at_home))
+        call("POST", f"{origin}/v1/users/uma/chats/c1/start", made, {"advisor_id": "smoke"})
+        reading = run(talktime, "watch", "uma", "c1", "--once", *at_home)
+        print(reading)
+        if "state=running" not in reading or "balance=5.000000" not in reading:
+            sys.exit("the chat does not run on its free time")
+        if "<form" not in call("GET", f"{origin}/console"):
+            sys.exit("the console has no page to sign in on")
+        if "<html" not in call("GET", f"{origin}/"):
+            sys.exit("there is no demo page")
         postgres = int((home / "postgres" / "postmaster.pid").read_text().split()[0])
         process.send_signal(signal.SIGTERM)
         if process.wait(STOP_SECONDS_MAX) != 0:
@@ -49,6 +61,11 @@ def wait_for(pattern: str, output: Path, process: subprocess.Popen[bytes]) -> st
             return found[1]
         time.sleep(0.1)
     sys.exit(f"talktime up did not print {pattern!r}")
+
+
+def run(*command: str) -> str:
+    """Run a command to its end and return what it printed; a failure is an exception."""
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=START_SECONDS_MAX, check=True).stdout
 
 
 def call(method: str, url: str, key: str | None = None, body: object = None) -> str:

@@ -1,47 +1,32 @@
-"""The `talktime` command."""
+"""The `talktime` command: its parser, its dispatch and its exit codes."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
 import logging
 import os
-import secrets
+import re
+import shlex
 import signal
-import socket
 import sys
-import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
-from talktime.errors import DatabaseUnavailable, EmbeddedDatabaseError, SettingError, TalktimeError
-from talktime.process import run_until_signalled
+from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
+from talktime.meter.state import CreditKind
+from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO, parse_seconds
 from talktime.settings import Settings, home_folder, load_settings
-from talktime.store.database import Database, provide_database
-from talktime.store.embedded import revive_postgres
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from litestar import Litestar
+T = TypeVar("T")
 
 FAILED, BAD_USE = 1, 2
 NO_DATABASE = os.EX_TEMPFAIL
-LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 8000
-SHUTDOWN_SECONDS_MAX = 10
-CONNECTIONS_WAITING_MAX = 2048
-REVIVE_EVERY_S = 1
-
-
-class CannotListen(TalktimeError):
-    """The address is taken, or is none of this machine's."""
-
-    def __init__(self, host: str, port: int, reason: str) -> None:
-        super().__init__(f"cannot listen on {host} port {port}: {reason}")
+TOKEN_SECONDS = 3600
+POLL_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,14 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # A command that runs until it is stopped has done its work when it is; another has not.
+    stopped = 0 if options.until_stopped else 128
     # Until the service runs, a SIGTERM unwinds the stack, so that what was started is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(stopped and stopped + number))
     try:
         settings = load_settings()
         if options.home is not None:
             settings = replace(settings, home=options.home)
-        run = {"up": _up, "serve": _serve, "migrate": _migrate}[options.command]
-        run(settings, options)
+        options.run(settings, options)
+        sys.stdout.flush()
     except SettingError as error:
         print(f"talktime: {error}", file=sys.stderr)
         return BAD_USE
@@ -69,8 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"talktime: {error}", file=sys.stderr)
         return NO_DATABASE if isinstance(error, DatabaseUnavailable) else FAILED
     except KeyboardInterrupt:
+        return stopped and stopped + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read the output has had enough; nor may Python write what is left of it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+# --- parsing ----------------------------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,185 +73,226 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"talktime {version('talktime')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    up = commands.add_parser("up", help="start all of it on this machine: database, migrations, API, reconciler")
-    serve = commands.add_parser("serve", help="start the API alone")
-    migrate = commands.add_parser("migrate", help="bring the database to the newest schema")
+    at_home = argparse.ArgumentParser(add_help=False)
+    at_home.add_argument(
+        "--home", type=home_folder, help="folder of the data (default: TALKTIME_HOME, else the user's)"
+    )
+
+    def command(among: Any, name: str, run: Callable[[Settings, argparse.Namespace], None], text: str) -> Any:  # noqa: ANN401 - argparse does not name its types
+        made = among.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[at_home])
+        made.set_defaults(run=run, until_stopped=run in (_up, _serve, _watch))
+        return made
+
+    up = command(commands, "up", _up, "start all of it on this machine: database, migrations, API, reconciler")
+    up.add_argument("--no-demo", action="store_true", help="without the demo page and its sample data")
+    serve = command(commands, "serve", _serve, "start the API alone")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
+    for service in (up, serve):
+        service.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
+    command(commands, "migrate", _migrate, "bring the database to the newest schema")
     commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
-    for command in (up, serve, migrate):
-        command.add_argument(
-            "--home",
-            type=home_folder,
-            help="folder of the data and the key (default: TALKTIME_HOME, else the user's)",
-        )
-    for command in (up, serve):
-        command.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
-    serve.add_argument("--host", default=LOOPBACK, help="address to listen on (default: loopback only)")
+
+    key = commands.add_parser("key", help="make, list and revoke service keys")
+    keys = key.add_subparsers(dest="key_command", required=True, metavar="COMMAND")
+    new = command(keys, "new", _key_new, "make a service key and print it, this once")
+    revoke = command(keys, "revoke", _key_revoke, "take a service key out of force")
+    for named in (new, revoke):
+        named.add_argument("name", metavar="NAME")
+    command(keys, "list", _key_list, "list the service keys of the database, the revoked ones too")
+
+    token = command(commands, "token", _token, "print a token for a page, as the host product would sign it")
+    token.add_argument("subject", metavar="USER", type=_id, help="id of the user")
+    token.add_argument("--advisor", action="store_true", help="the id is an advisor's")
+    token.add_argument(
+        "--seconds", type=_whole_seconds, default=TOKEN_SECONDS, help=f"how long it is good (default: {TOKEN_SECONDS})"
+    )
+
+    credit = command(commands, "credit", _credit, "add credits to a user's balance, or take some")
+    credit.add_argument("user_id", metavar="USER", type=_id)
+    credit.add_argument("amount", metavar="AMOUNT", type=_amount, help="credits, such as 25 or 0.5")
+    credit.add_argument(
+        "--kind", choices=[str(kind) for kind in CreditKind], default=str(CreditKind.GRANT), help="(default: grant)"
+    )
+    credit.add_argument("--reason", metavar="TEXT", type=_memo, default="", help="kept in the ledger")
+    credit.add_argument(
+        "--key", type=_idempotency_key, help="a command repeated with the same key changes nothing (default: a new one)"
+    )
+
+    advisor = command(commands, "advisor", _advisor, "show an advisor's rate card, or change some of it")
+    advisor.add_argument("advisor_id", metavar="ID", type=_id)
+    advisor.add_argument("--credits-per-minute", dest="rate", metavar="CREDITS", type=_rate)
+    advisor.add_argument("--free-seconds", dest="free_us", metavar="SECONDS", type=_time_up_to(MAX_FREE_US))
+    advisor.add_argument("--first-seconds", dest="first_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
+    advisor.add_argument("--increment-seconds", dest="increment_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
+
+    watch = command(commands, "watch", _watch, "show a chat's clock as it runs")
+    watch.add_argument("user_id", metavar="USER", type=_id)
+    watch.add_argument("chat_id", metavar="CHAT", type=_id)
+    watch.add_argument("--once", action="store_true", help="print one reading and end")
+    watch.add_argument(
+        "--every",
+        dest="every_us",
+        metavar="SECONDS",
+        type=_time_up_to(MAX_BLOCK_US, least=MICRO // 10),
+        default=POLL_SECONDS * MICRO,
+        help=f"how often to ask the database (default: {POLL_SECONDS})",
+    )
     return parser
 
 
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
-        message = f"must be a number from 0 to 65535, not {text!r}"
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    """Return a value, or say what is wrong with its text as argparse wants it said."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        message = f"{error}, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
+
+
+def _require(rule: str, text: str, *, holds: bool) -> None:
+    if not holds:
+        message = f"{rule}, not {text!r}"
         raise argparse.ArgumentTypeError(message)
+
+
+def _port(text: str) -> int:
+    holds = text.isascii() and text.isdigit() and int(text) < 1 << 16
+    _require("must be a number from 0 to 65535", text, holds=holds)
     return int(text)
 
 
-def _up(settings: Settings, options: argparse.Namespace) -> None:
-    from reconciler.sweep import BATCHES_AT_ONCE  # noqa: PLC0415 - only `up` needs it
-    from talktime.store.schema import upgrade  # noqa: PLC0415 - Alembic is slow to import
+def _whole_seconds(text: str) -> int:
+    seconds_max = MAX_FREE_US // MICRO
+    holds = re.fullmatch(r"[0-9]{1,9}", text) is not None and 0 < int(text) <= seconds_max
+    _require(f"must be a whole number of seconds from 1 to {seconds_max}", text, holds=holds)
+    return int(text)
 
-    with _listening(LOOPBACK, options.port) as listener, provide_database(settings.database_url, settings.home) as url:
-        upgrade(url)
-        database, reconciling = Database(url), Database(url, pool_size=BATCHES_AT_ONCE)
-        run_until_signalled(lambda stop: _run(settings, listener, stop, database=database, reconciling=reconciling))
+
+def _time_up_to(us_max: int, *, least: int = 0) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        us = _parsed(parse_seconds, text)
+        _require(f"must be from {least / MICRO:g} to {us_max // MICRO} seconds", text, holds=least <= us <= us_max)
+        return us
+
+    return parse
+
+
+# The API's rules. Its room is slow to import, so that waits until there is something to parse.
+
+
+def _id(text: str) -> str:
+    from talktime.api.params import ID_RULE, is_id  # noqa: PLC0415 - see above
+
+    _require(ID_RULE, text, holds=is_id(text))
+    return text
+
+
+def _idempotency_key(text: str) -> str:
+    from talktime.api.params import KEY_SCHEMA  # noqa: PLC0415 - see above
+
+    holds = re.fullmatch(KEY_SCHEMA["pattern"], text) is not None
+    _require("must be 1 to 255 printable ASCII characters", text, holds=holds)
+    return text
+
+
+def _amount(text: str) -> int:
+    from talktime.api.bodies import Amount  # noqa: PLC0415 - see above
+
+    return _parsed(Amount.parse, text)
+
+
+def _rate(text: str) -> int:
+    from talktime.api.bodies import Rate  # noqa: PLC0415 - see above
+
+    return _parsed(Rate.parse, text)
+
+
+def _memo(text: str) -> str:
+    from talktime.api.bodies import Memo  # noqa: PLC0415 - see above
+
+    return _parsed(Memo.parse, text)
+
+
+# --- dispatch: each imports what it needs, so that help and mistakes are answered at once -----------------------------
+
+
+def _up(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import serving  # noqa: PLC0415 - see above
+
+    serving.up(settings, port=options.port, demo=not options.no_demo, key_command=_key_command(options.home))
 
 
 def _serve(settings: Settings, options: argparse.Namespace) -> None:
-    with (
-        _listening(options.host, options.port) as listener,
-        provide_database(settings.database_url, settings.home) as url,
-    ):
-        run_until_signalled(lambda stop: _run(settings, listener, stop, database=Database(url)))
+    from talktime import serving  # noqa: PLC0415 - see above
+
+    serving.serve(settings, host=options.host, port=options.port, key_command=_key_command(options.home))
+
+
+def _key_command(home: Path | None) -> str:
+    """Return the command that makes a key where this one keeps its data."""
+    return "`talktime key new NAME`" if home is None else f"`talktime key new NAME --home {shlex.quote(str(home))}`"
 
 
 def _migrate(settings: Settings, _: argparse.Namespace) -> None:
-    from talktime.store.schema import upgrade  # noqa: PLC0415 - Alembic is slow to import
+    from talktime.store.database import provide_database  # noqa: PLC0415 - see above
+    from talktime.store.schema import upgrade  # noqa: PLC0415 - see above
 
     with provide_database(settings.database_url, settings.home) as url:
         upgrade(url)
     print("the database has the newest schema")
 
 
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind before anything else is started, so that a taken port costs nothing and is told plainly."""
-    with contextlib.ExitStack() as stack:
-        try:
-            # The protocol has to be named: asyncio turns off Nagle's algorithm only where it is, and with it on every
-            # answer on a kept connection would wait 40 ms for an acknowledgement.
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )[0]
-            listener = stack.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(CONNECTIONS_WAITING_MAX)
-        except OSError as error:
-            raise CannotListen(host, port, error.strerror or str(error)) from None
-        yield listener
+def _key_new(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.make_key(settings, options.name)
 
 
-def _service_key(settings: Settings) -> str:
-    """Return the key of the environment, else the one kept in the home folder, made there if there is none."""
-    if settings.service_key is not None:
-        return settings.service_key
-    path = settings.home / "service_key"
-    if not path.exists():
-        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Written aside and linked: two starts at once agree on one key, and a crash leaves a whole key or none.
-        descriptor, fresh = tempfile.mkstemp(prefix="service_key.", dir=settings.home)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_urlsafe(32) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(fresh, path)
-        finally:
-            Path(fresh).unlink()
-    return path.read_text().strip()
+def _key_list(settings: Settings, _: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.show_keys(settings)
 
 
-async def _run(
-    settings: Settings,
-    listener: socket.socket,
-    stop: asyncio.Event,
-    *,
-    database: Database,
-    reconciling: Database | None = None,
-) -> None:
-    """Serve the API until `stop` is set, with passes beside it if there are connections for them."""
-    import uvicorn  # noqa: PLC0415 - not every command needs it
+def _key_revoke(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
 
-    from talktime.api.app import create_app  # noqa: PLC0415 - Litestar is slow to import
+    terminal.revoke(settings, options.name)
 
-    class Server(uvicorn.Server):
-        """Uvicorn without its signal handlers: ours stop the passes as well."""
 
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
+def _token(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
 
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                _announce(settings, key, listener)
+    terminal.mint_token(settings, options.subject, advisor=options.advisor, seconds=options.seconds)
 
-    key = _service_key(settings)
-    app: Litestar = create_app(settings, key, lambda: database)
-    server = Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
-        )
+
+def _credit(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.credit(
+        settings,
+        options.user_id,
+        amount=options.amount,
+        kind=CreditKind(options.kind),
+        memo=options.reason,
+        key=options.key,
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    async with asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(server.serve(sockets=[listener]))
-        stopping = tasks.create_task(stop.wait())
-        if reconciling is not None:
-            tasks.create_task(_reconcile(settings, reconciling, stop))
-        if settings.database_url is None:
-            tasks.create_task(_keep_up(settings.home, stop))
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        was_told = stop.is_set()
-        stop.set()
-        server.should_exit = True
-    if not was_told:
-        message = "the API ended by itself; the log says why"
-        raise TalktimeError(message)
 
 
-def _announce(settings: Settings, key: str, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    print(f"talktime {version('talktime')}")
-    origin = f"http://[{host}]:{port}" if listener.family is socket.AF_INET6 else f"http://{host}:{port}"
-    print(f"listening on {origin}")
-    print(f"documentation at {origin}/schema")
-    url = settings.database_url
-    # Not the whole URL: its query may hold a password too.
-    print(
-        f"data in {settings.home}"
-        if url is None
-        else f"data in database {url.database} at {url.host}:{url.port or 5432}"
+def _advisor(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.advise(
+        settings,
+        options.advisor_id,
+        rate=options.rate,
+        free_us=options.free_us,
+        first_us=options.first_us,
+        increment_us=options.increment_us,
     )
-    print(f"service key: {key}", flush=True)
 
 
-async def _keep_up(home: Path, stop: asyncio.Event) -> None:
-    """Start the embedded PostgreSQL again whenever it is found dead: nobody else would."""
-    log = logging.getLogger("talktime")
-    while not stop.is_set():
-        try:
-            if await asyncio.to_thread(revive_postgres, home):
-                log.warning("the embedded PostgreSQL had died; it runs again")
-        except EmbeddedDatabaseError as error:
-            log.error("%s", error)  # noqa: TRY400 - the traceback says no more
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(REVIVE_EVERY_S):
-                await stop.wait()
+def _watch(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import watch  # noqa: PLC0415 - see above
 
-
-async def _reconcile(settings: Settings, database: Database, stop: asyncio.Event) -> None:
-    from reconciler.sweep import repeat  # noqa: PLC0415 - only `up` needs it
-
-    try:
-        await repeat(database, stop, every_s=settings.reconcile_us / 1_000_000)
-    except DatabaseUnavailable:
-        logging.getLogger("talktime").warning("stopping while the database is away")
-    finally:
-        await database.close()
+    watch.watch(settings, options.user_id, options.chat_id, every_us=options.every_us, once=options.once)
