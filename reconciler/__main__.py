@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reconciler.audit import Audit, audit
-from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep
+from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep_and_record
 from talktime.errors import DatabaseUnavailable, SettingError
 from talktime.process import run_until_signalled
 from talktime.settings import home_folder, load_settings
@@ -111,7 +111,9 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
             every_s = options.every or options.default_every
             made = await repeat(database, stop, every_s=every_s, for_s=options.duration)
         else:
-            made = await _with_progress("materializing", lambda progress: sweep(database, stop, progress=progress))
+            made = await _with_progress(
+                "materializing", lambda progress: sweep_and_record(database, stop, progress=progress)
+            )
             log.info("%s", made)
         return SOME_FAILED if made.failed else DONE
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pendulum
 
-from talktime import operations
+from talktime import operating, operations
 from talktime.errors import DatabaseUnavailable
 from talktime.operations import BatchFailed
 
@@ -32,13 +32,17 @@ BATCHES_AT_ONCE = 3
 
 @dataclass(slots=True)
 class Pass:
-    """What a pass did: accounts and chats written, accounts that could not be, and its lag when it began."""
+    """What a pass did: accounts and chats written, accounts that could not be, and its lag when it began.
+
+    `began_at` is the database's instant at which it looked up its work.
+    """
 
     accounts: int = 0
     chats: int = 0
     failed: int = 0
     lag_us: int = 0
     seconds: float = 0.0
+    began_at: int = 0
 
     def __str__(self) -> str:
         """One log line."""
@@ -71,7 +75,7 @@ async def sweep(
     loop = asyncio.get_running_loop()
     began = loop.time()
     buckets, now, oldest = await operations.due(database)
-    made = Pass(lag_us=max(0, now - oldest))
+    made = Pass(lag_us=max(0, now - oldest), began_at=now)
     total = sum(buckets.values())
     progress(0, total)
     order = list(buckets)
@@ -94,6 +98,27 @@ async def sweep(
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     made.seconds = loop.time() - began
+    return made
+
+
+async def sweep_and_record(
+    database: Database, stop: asyncio.Event, *, progress: Callable[[int, int], None] = _no_progress
+) -> Pass:
+    """Make one pass, as `sweep` does, and record it for operators to see.
+
+    Raises:
+        DatabaseUnavailable: no answer from the database during the pass. The record may be lacking without a word here.
+    """
+    made = await sweep(database, stop, progress=progress)
+    await operating.record_pass(
+        database,
+        began_at=made.began_at,
+        took_us=round(made.seconds * 1_000_000),
+        lag_us=made.lag_us,
+        accounts=made.accounts,
+        chats=made.chats,
+        failed=made.failed,
+    )
     return made
 
 
@@ -144,7 +169,7 @@ async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for
     unavailable: DatabaseUnavailable | None = None
     while not stop.is_set() and (for_s is None or due_s < for_s):
         try:
-            made = await sweep(database, stop)
+            made = await sweep_and_record(database, stop)
         except DatabaseUnavailable as error:
             unavailable = error
             log.error("pass failed: %s", error)  # noqa: TRY400 - the traceback says no more

@@ -2,9 +2,12 @@
 
 The rooms, from the top; imports point downwards only::
 
-    cli             the `talktime` command
-    api             HTTP: routes, schemas, problems, the service key    (beside it: the top-level package `reconciler`)
+    cli             the `talktime` command; `serving` and `terminal` and `watch` are what it does
+    web             what browsers get: the JavaScript client, the demo, the console
+    api             HTTP: routes, schemas, problems, who may call    (beside it: the top-level package `reconciler`)
     operations      one function per use case: lock, decide, write; or read one snapshot
+    operating       what operators look at, over all users
+    keys            service keys, and the console's sessions
     settings        the environment, read once
     store           the only SQL: tables, locking, the ledger, the embedded PostgreSQL
     meter           the pure core: state, advance, commands, readings

@@ -16,13 +16,13 @@ import pytest
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL
 
-from reconciler.sweep import sweep
-from talktime import operations
+from reconciler.sweep import sweep_and_record
+from talktime import keys, operating, operations
 from talktime.errors import ChatNotActive
 from talktime.meter.state import ChatState, CreditKind
 from talktime.store.tables import bucket_of, metadata
 from tests.database import Clock, connect
-from tests.sql_rules import GLOBAL_TABLES, USER_TABLES, RuleBroken, check, tables_written
+from tests.sql_rules import GLOBAL_TABLES, OPERATORS_STATEMENTS, USER_TABLES, RuleBroken, check, tables_written
 from tests.support import CREDIT, FREE_OF_CHARGE, audit_lines, open_service
 
 
@@ -54,6 +54,31 @@ from tests.support import CREDIT, FREE_OF_CHARGE, audit_lines, open_service
 def test_the_scan_sees_a_broken_rule(broken: str, rule: str) -> None:
     with pytest.raises(RuleBroken, match=rule):
         check(broken)
+
+
+@pytest.mark.parametrize("statement", OPERATORS_STATEMENTS)
+def test_an_operators_statement_passes_to_the_letter_and_no_other_way(statement: str) -> None:
+    check(statement)
+    others = (
+        statement + " ",  # the same, and yet it is not listed: so without the list it would break a rule
+        statement.replace("WHERE ", "WHERE true AND ", 1),
+        statement.replace("SELECT ", "SELECT 1, ", 1),
+        f"SELECT * FROM ({statement}) AS found",
+    )
+    for other in others:
+        with pytest.raises(RuleBroken, match="no bucket"):
+            check(other)
+    with pytest.raises(RuleBroken, match="no bucket"):
+        check(statement + " FOR UPDATE")
+
+
+async def test_every_listed_statement_is_sent_by_what_operators_look_at(database_url: URL) -> None:
+    with recorded() as looking:
+        async with open_service(database_url) as service:
+            await _look_as_operators_do(service)
+    assert set(OPERATORS_STATEMENTS) <= looking.statements
+    assert len(OPERATORS_STATEMENTS) == len(set(OPERATORS_STATEMENTS))
+    assert not [statement for statement in OPERATORS_STATEMENTS if not statement.startswith("SELECT")]
 
 
 Parameters: TypeAlias = dict[str, Any] | list[dict[str, Any]]
@@ -107,7 +132,7 @@ async def _use_everything(service: operations.Service) -> None:
         await asyncio.sleep(0.001)
         await operations.pause(service, user_id, "c3")
         await operations.heartbeat(service, user_id, "c3")
-    await sweep(service.database, asyncio.Event())
+    await sweep_and_record(service.database, asyncio.Event())
     for user_id in ("u", "v", "w"):
         await operations.stop(service, user_id, "c3")
         with pytest.raises(ChatNotActive):
@@ -121,6 +146,26 @@ async def _use_everything(service: operations.Service) -> None:
         await operations.read_segments(service, user_id, "c1", after=place or 0, limit=1)
     await operations.read_chats(service, "u", state=ChatState.RUNNING, after=None, limit=10)
     assert not await audit_lines(service.database)
+    await _look_as_operators_do(service)
+    await _use_keys(service)
+
+
+async def _look_as_operators_do(service: operations.Service) -> None:
+    await operating.running_now(service.database, limit=1)
+    await operating.last_hour(service.database, operating.KeptHour())
+    await operating.find_users(service.database, "u", limit=1)
+    await operating.lag(service.database)
+    await operating.last_passes(service.database, limit=1)
+
+
+async def _use_keys(service: operations.Service) -> None:
+    digest = keys.digest_of(await keys.new_key(service.database, "k"))
+    session = await keys.open_session(service.database, digest, seconds=1)
+    assert digest == await keys.find_session(service.database, session)
+    await keys.close_session(service.database, session)
+    await keys.revoke_key(service.database, "k")
+    assert {} == await keys.active_keys(service.database)
+    assert ["k"] == [key.name for key in await keys.list_keys(service.database)]
 
 
 async def test_all_use_cases_keep_the_rules(database_url: URL) -> None:
