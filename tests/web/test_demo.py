@@ -266,6 +266,7 @@ async def test_the_button_that_cuts_the_network_cuts_the_page_alone(
         await state_is(page, "Running")
         await press(page, "#cut")
         await state_is(page, "Waiting")
+        await asyncio.sleep(0.3)  # a frame
         stood = await page.evaluate("document.getElementById('now-clock').dateTime")
         assert "cannot be reached" in await page.evaluate("document.getElementById('now-problem').textContent")
         user_id, [chat_id] = await chats_of(page, service)
