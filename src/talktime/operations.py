@@ -258,6 +258,11 @@ async def read_chat(service: Service, user_id: str, chat_id: str) -> Reading:
     return await service.database.read(lambda connection: _load_reading(connection, user_id, chat_id))
 
 
+async def advisor_of(service: Service, user_id: str, chat_id: str) -> str | None:
+    """Return the advisor that a chat belongs to; None if there is no such chat."""
+    return await service.database.read(lambda connection: accounts.load_advisor(connection, user_id, chat_id))
+
+
 async def read_account(service: Service, user_id: str) -> AccountReading:
     """Return an account's balance now, what its open segments accrued, and its running chats."""
     account, now = await service.database.read(lambda connection: _load_account(connection, user_id))

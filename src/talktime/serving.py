@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 
 import uvicorn
@@ -31,6 +30,7 @@ LOOPBACK = "127.0.0.1"
 SHUTDOWN_SECONDS_MAX = 10
 CONNECTIONS_WAITING_MAX = 2048
 REVIVE_EVERY_S = 1
+FIRST_KEY = "first"
 
 log = logging.getLogger("talktime")
 
@@ -69,8 +69,8 @@ def up(settings: Settings, *, port: int, demo: bool, key_command: str) -> None:
             listener=listener,
             url=url,
             all_of_it=True,
-            # The demo signs its user's tokens itself, which it cannot where the host product's private key does.
-            demo=Demo(tokens) if demo and tokens.secret is not None else None,
+            # Where tokens are the host product's, this is no place to play with credits.
+            demo=Demo(tokens) if demo and settings.tokens is None else None,
             key_command=key_command,
         )
         run_until_signalled(lambda stop: _run(plan, stop))
@@ -192,18 +192,12 @@ async def _about_keys(plan: _Plan, database: Database) -> list[str]:
     if in_force:
         whence = ", one of them that of TALKTIME_SERVICE_KEY" if of_environment else ""
         return [f"service keys in force: {in_force}{whence}; {plan.key_command} makes another"]
-    if not plan.all_of_it:
-        return [f"no service key is in force: {plan.key_command} makes one"]
-    key = await _first_key(database)
-    return [f"service key: {key}", f"it is shown only now; {plan.key_command} makes another"]
-
-
-async def _first_key(database: Database) -> str:
-    """Make a service key named "first", or "first-2" and so on where that name was taken by one since revoked."""
-    for number in count(1):
+    if plan.all_of_it:
+        # Once in the life of a database: where it was revoked, nobody asked for another.
         with contextlib.suppress(KeyNameTaken):
-            return await new_key(database, "first" if number == 1 else f"first-{number}")
-    raise AssertionError
+            key = await new_key(database, FIRST_KEY)
+            return [f"service key: {key}", f"it is shown only now; {plan.key_command} makes another"]
+    return [f"no service key is in force: {plan.key_command} makes one"]
 
 
 async def _reconcile(settings: Settings, url: URL, stop: asyncio.Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -244,6 +245,20 @@ def test_a_broken_file_is_told_once_and_the_keys_from_before_stay(
     write_keys(path, PUBLIC_B)
     ticks.now += 5
     refused(tokens, token)
+    assert USER == tokens.verify(signed_by(B, "b"))
+
+
+def test_a_file_that_could_not_be_read_once_is_read_when_it_can_be(tokens: Tokens, path: Path, ticks: Ticks) -> None:
+    write_keys(path, PUBLIC_B)
+    whole, when = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(b"{" * len(whole))
+    ticks.now += 5
+    assert USER == tokens.verify(signed_by(A, "a"))
+
+    path.write_bytes(whole)  # as long as before, and of the same time: nothing but its content tells
+    os.utime(path, ns=(when, when))
+    ticks.now += 5
+    refused(tokens, signed_by(A, "a"))
     assert USER == tokens.verify(signed_by(B, "b"))
 
 

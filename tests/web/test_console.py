@@ -101,7 +101,7 @@ async def test_only_digests_of_the_session_are_stored(database_url: URL) -> None
     [
         ({}, 303),
         ({"Sec-Fetch-Site": "same-origin"}, 303),
-        ({"Sec-Fetch-Site": "same-origin", "Origin": "null"}, 303),  # so under our Referrer-Policy
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "null"}, 403),
         ({"Sec-Fetch-Site": "none"}, 303),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
@@ -109,6 +109,8 @@ async def test_only_digests_of_the_session_are_stored(database_url: URL) -> None
         ({"Sec-Fetch-Site": "same-origin", "Origin": "https://evil.example"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Origin": "OURS"}, 403),
         ({"Origin": "http://OURS"}, 303),
         ({"Origin": "https://OURS"}, 303),
         ({"Origin": "http://OURS:1"}, 403),
@@ -121,6 +123,21 @@ async def test_another_site_cannot_sign_anybody_in(database_url: URL, headers: d
         sent = {name: value.replace("OURS", ours) for name, value in headers.items()}
         answer = await client.post(SIGN_IN, data={"key": KEY}, headers=sent)
         assert (status, status == 303) == (answer.status_code, "set-cookie" in answer.headers)
+
+
+async def test_signing_in_again_ends_the_session_before(database_url: URL) -> None:
+    async with console(database_url) as client:
+        before = client.cookies[COOKIE]
+        await client.post(SIGN_IN, data={"key": KEY})
+        client.cookies.delete(COOKIE)
+        client.cookies.set(COOKIE, before)
+        assert 303 == (await client.get("/console/passes")).status_code
+
+
+async def test_behind_a_proxy_that_ends_tls_the_cookie_is_for_tls_alone(database_url: URL) -> None:
+    async with console(database_url, key=None) as client:
+        answer = await client.post(SIGN_IN, data={"key": KEY}, headers={"X-Forwarded-Proto": "https"})
+        assert "; secure" in answer.headers["set-cookie"].lower()
 
 
 # --- what a session is good for ---------------------------------------------------------------------------------------
@@ -236,6 +253,7 @@ async def test_a_form_without_the_sessions_token_changes_nothing(
     async with console(database_url) as client:
         mine = client.cookies[COOKIE]
         if csrf == "of another session":
+            client.cookies.clear()  # it would end the one that is there
             await client.post(SIGN_IN, data={"key": KEY})
             csrf = field_of(page_of(await client.get("/console")), "csrf")
             client.cookies.clear()

@@ -277,7 +277,7 @@ async def test_a_credit_is_booked_once_however_often_its_form_is_sent(database_u
     assert "Balance now 13.50" in text
     with connect(database_url) as connection:
         rows = connection.execute("SELECT kind, amount, memo FROM ledger_entry WHERE number > 1").fetchall()
-    assert [("compensation", 3_500_000, "the line dropped (by support-anna)")] == rows
+    assert [("compensation", 3_500_000, "by support-anna: the line dropped")] == rows
 
 
 async def test_a_form_that_was_changed_after_it_was_booked_is_not_booked_again(database_url: URL) -> None:

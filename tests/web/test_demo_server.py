@@ -11,6 +11,7 @@ from httpx import AsyncClient
 from litestar import Litestar
 
 from talktime import operations
+from talktime.api.tokens import mint
 from talktime.meter.state import RateCard, Tariff
 from talktime.settings import TokenSettings
 from talktime.web import pages
@@ -72,6 +73,25 @@ async def test_a_guests_token_opens_nothing_of_another_and_gives_no_credits(data
             ("POST", f"/v1/users/{guest['user_id']}/credits", credit),
         ):
             problem_of(await client.request(method, path, json=body, headers=signed(guest)), 403, "forbidden")
+
+
+@pytest.mark.parametrize("path", ["/demo/credits", "/demo/advisors/theo-okafor/chats/c1/start"])
+async def test_a_token_of_somebody_who_is_no_guest_is_good_for_nothing_here(database_url: URL, path: str) -> None:
+    async with demo(database_url) as (client, _):
+        token = mint(TOKENS, "customer-7", seconds=60)
+        problem_of(await client.post(path, headers=signed({"token": token})), 403, "forbidden")
+
+
+@pytest.mark.parametrize("header", ["Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via"])
+async def test_what_a_proxy_passes_on_is_refused(database_url: URL, header: str) -> None:
+    async with demo(database_url) as (client, _):
+        problem_of(await client.post("/demo/guests", headers={header: "203.0.113.9"}), 403, "forbidden")
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}])
+async def test_pages_of_other_sites_make_no_guests(database_url: URL, headers: dict[str, str]) -> None:
+    async with demo(database_url) as (client, _):
+        problem_of(await client.post("/demo/guests", headers=headers), 403, "forbidden")
 
 
 @pytest.mark.parametrize("user_id", ["u1", "guest-", "guest-0123456789abcdeg", "guest-0123456789abcdef0", "Guest-00"])

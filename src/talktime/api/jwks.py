@@ -44,6 +44,7 @@ class KeyFile:
         self._ticks = ticks
         self._looked_at, self._missed_at = ticks(), -math.inf
         self._mark = self._mark_now()
+        self._trouble = ""
         self._keys = _read_keys(path, algorithm)
         self.generation = 0
 
@@ -83,12 +84,15 @@ class KeyFile:
         mark = self._mark_now()
         if mark == self._mark:
             return
-        self._mark = mark
         try:
             self._keys = _read_keys(self._path, self._algorithm)
         except SettingError as error:
-            log.error("%s; the keys from before stay in force", error)  # noqa: TRY400 - the traceback says no more
+            # Tried again at the next look, for what is wrong need not change the mark; but told once.
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("%s; the keys from before stay in force", error)  # noqa: TRY400 - the traceback says no more
             return
+        self._mark, self._trouble = mark, ""
         self.generation += 1
         log.info("%s: %d keys were read", _NAME, len(self._keys))
 

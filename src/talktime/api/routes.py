@@ -259,7 +259,7 @@ async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Reading
     _CHAT,
     summary="Read a chat's clock",
     description="Changes nothing and locks nothing: poll it as often as you like. An advisor may read the chats with "
-    "this advisor, without `balance` and `exhausts_at`.",
+    "this advisor, without `balance`, `exhausts_at` and `materialized_through`.",
     tags=["chats"],
     responses=problems(400, 401, 403, ChatNotFound, DatabaseUnavailable),
     opt={"user": UserMay.READ, "advisor": True},
@@ -267,16 +267,13 @@ async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Reading
 async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
     """Return a chat's reading."""
     check_ids(user_id=user_id, chat_id=chat_id)
-    if not isinstance(request.auth, AdvisorCaller):
-        return _shown(request, await operations.read_chat(_service(request), user_id, chat_id))
-    try:
+    if isinstance(request.auth, AdvisorCaller):
+        # Asked alone, so that the time of the answer does not tell either whether there is such a chat.
+        if await operations.advisor_of(_service(request), user_id, chat_id) != request.auth.advisor_id:
+            raise refuse_caller()
         reading = await operations.read_chat(_service(request), user_id, chat_id)
-    except ChatNotFound:
-        # Answered as a chat with somebody else is: an advisor learns of no other chats.
-        raise refuse_caller() from None
-    if reading.advisor_id != request.auth.advisor_id:
-        raise refuse_caller()
-    return reading_body(reading, request.app.state["heartbeat_us"], for_advisor=True)
+        return reading_body(reading, request.app.state["heartbeat_us"], for_advisor=True)
+    return _shown(request, await operations.read_chat(_service(request), user_id, chat_id))
 
 
 @get(

@@ -82,7 +82,7 @@ class ReadingBody(Struct, frozen=True):
     started_at: Annotated[str, _instant("The chat's first start")]
     stopped_at: Instant | None
     stop_reason: Annotated[str | None, Meta(description="lapsed, exhausted, switched, paused or ended")]
-    materialized_through: Instant
+    materialized_through: Annotated[str | None, _instant("What is stored is as of this instant; null for advisors")]
     heartbeat_seconds: Annotated[Seconds, Meta(description="How often to send a heartbeat while the clock runs")]
 
 
@@ -199,7 +199,7 @@ def advisor_answer(advisor_id: str, card: RateCard, *, default: bool) -> Advisor
 
 
 def reading_body(reading: Reading, heartbeat_us: int, *, for_advisor: bool = False) -> ReadingBody:
-    """Write a reading. An advisor does not see what the user has, nor when it will be gone."""
+    """Write a reading. An advisor does not see what the user has, when it will be gone, nor what else the user does."""
     return ReadingBody(
         user_id=reading.user_id,
         chat_id=reading.chat_id,
@@ -223,7 +223,7 @@ def reading_body(reading: Reading, heartbeat_us: int, *, for_advisor: bool = Fal
         started_at=format_instant(reading.started_at),
         stopped_at=_instant_or_null(reading.stopped_at),
         stop_reason=None if reading.stop_reason is None else reading.stop_reason.value,
-        materialized_through=format_instant(reading.materialized_through),
+        materialized_through=None if for_advisor else format_instant(reading.materialized_through),
         heartbeat_seconds=format_seconds(heartbeat_us),
     )
 

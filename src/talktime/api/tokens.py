@@ -25,7 +25,7 @@ from talktime.errors import CannotMint, SettingError
 from talktime.settings import SECRET_BYTES_MIN, TokenSettings, kept_secret
 
 TOKEN_BYTES_MAX = 8 * 1024
-REMEMBERED_MAX = 10_000
+REMEMBERED_MAX = 100_000
 
 USER, ADVISOR = "user", "advisor"
 

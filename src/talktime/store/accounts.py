@@ -278,6 +278,14 @@ async def load(connection: AsyncConnection, user_id: str, chat_id: str | None = 
     return account, rows[0].now
 
 
+async def load_advisor(connection: AsyncConnection, user_id: str, chat_id: str) -> str | None:
+    """Return the advisor of a chat, or None."""
+    bucket = bucket_of(user_id)
+    place = {"in_bucket": bucket, "of_user": user_id, "of_chat": chat_id}
+    found: str | None = (await connection.execute(sql.ADVISOR_OF, place)).scalar_one_or_none()
+    return found
+
+
 async def load_chats(
     connection: AsyncConnection,
     user_id: str,

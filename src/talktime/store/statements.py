@@ -166,6 +166,8 @@ READ_RUNNING_AND_ONE = _reading_of(
     union_all(_MY_RUNNING_CHATS, select(_chat).where(_MY_CHATS, _chat.c.chat_id == _CHAT, ~_IS_RUNNING))
 )
 
+ADVISOR_OF = select(_chat.c.advisor_id).where(_MY_CHATS, _chat.c.chat_id == _CHAT)
+
 CHATS_PAGE = (
     select(_chat, _allowance.c.granted_us, _allowance.c.used_us)
     .join(

@@ -38,10 +38,12 @@ from talktime.operations import Service
 from talktime.settings import TokenSettings
 from talktime.store.history import is_unused
 from talktime.web.assets import FOLDER, PAGE_HEADERS
+from talktime.web.sessions import check_same_site
 
 TOKEN_SECONDS = 300
 WELCOME = TOP_UP = 5 * MICRO
 _GUEST = re.compile(r"guest-[0-9a-f]{16}")
+_PASSED_ON = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP", "Via")
 _THIS_MACHINE = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
 
 
@@ -171,9 +173,13 @@ def demo_router(demo: Demo) -> Router:
 
 
 def _only_here(request: Request[Any, Any, Any]) -> None:
-    # The socket is on loopback. A page elsewhere whose name was pointed at it would still come under that name.
-    if not _THIS_MACHINE.fullmatch(request.headers.get("Host", "")):
+    # The socket is on loopback. A page elsewhere whose name was pointed at it would still come under that name, and
+    # what a proxy passes on comes from who knows where.
+    host = request.headers.get("Host", "")
+    if not _THIS_MACHINE.fullmatch(host) or any(name in request.headers for name in _PASSED_ON):
         raise Refusal(FORBIDDEN, "the demo serves this machine alone; open it as http://127.0.0.1 or http://localhost")
+    if request.method == "POST":
+        check_same_site(request)
 
 
 def _guest(request: Request[Any, Any, Any], user_id: str) -> Guest:
@@ -188,7 +194,8 @@ def _service(request: Request[Any, Any, Any]) -> Service:
 
 async def _user(request: Request[Any, Any, Any]) -> str:
     caller = await request.app.state["gate"].identify(request.scope["headers"])
-    if not isinstance(caller, UserCaller):
+    # Credits for nothing are for the guests that were made here, whoever else's tokens are valid.
+    if not isinstance(caller, UserCaller) or not _GUEST.fullmatch(caller.user_id):
         raise refuse_caller()
     return caller.user_id
 

@@ -10,7 +10,7 @@ import hmac
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote
 
 from litestar.datastructures import Cookie
 from litestar.exceptions import ClientException, PermissionDeniedException
@@ -81,7 +81,10 @@ async def open_session(request: Request[Any, Any, Any], credential: str) -> Cook
     digest = await _gate_of(request).find_key(credential)
     if digest is None:
         return None
-    token = await keys.open_session(service_of(request).database, digest, seconds=SESSION_SECONDS)
+    database = service_of(request).database
+    if before := request.cookies.get(COOKIE):
+        await keys.close_session(database, before)
+    token = await keys.open_session(database, digest, seconds=SESSION_SECONDS)
     return cookie_of(request, token, SESSION_SECONDS)
 
 
@@ -92,7 +95,8 @@ def cookie_of(request: Request[Any, Any, Any], token: str, seconds: int) -> Cook
         value=token,
         max_age=seconds,
         path=HOME,
-        secure=request.url.scheme == "https",
+        # As a proxy that ends TLS says it, too; whoever lies about that keeps the cookie from nobody else.
+        secure="https" in (request.url.scheme, request.headers.get("X-Forwarded-Proto")),
         httponly=True,
         samesite="strict",
     )
@@ -124,19 +128,14 @@ def check_csrf(session: Session, form: dict[str, str]) -> None:
 def check_same_site(request: Request[Any, Any, Any]) -> None:
     """Refuse a request that a page of another origin made, as far as the browser tells.
 
-    Under our Referrer-Policy a browser sends ``Origin: null`` with our own forms, so that is refused only where it does
-    not say by Sec-Fetch-Site that the origin is the same.
-
     Raises:
         PermissionDeniedException: another origin made it.
     """
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site is not None and site not in ("same-origin", "none"):
         raise PermissionDeniedException
-    if origin is None or (origin == "null" and site is not None):
-        return
     # Not the scheme: where a proxy ends TLS, it is not seen here.
-    if urlsplit(origin).netloc != request.headers.get("Host"):
+    if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
         raise PermissionDeniedException
 
 

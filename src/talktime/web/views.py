@@ -228,7 +228,7 @@ def _checked(form: CreditForm, session: Session) -> tuple[dict[str, str], int, s
     except ValueError as error:
         faults["amount"] = f"The amount {error}." if form.amount else "Say how many credits."
     try:
-        memo = str(Memo.parse(f"{form.reason} (by {session.key_name})"))
+        memo = str(Memo.parse(f"by {session.key_name}: {form.reason}"))
     except ValueError as error:
         faults["reason"] = f"The reason {error}."
     if not form.reason:

@@ -8,8 +8,7 @@ function fire(id) {
   ring?.();
 }
 
-// Rings in a hidden tab too; returns what cancels it. The page's own timer runs beside the worker's, and whichever is
-// first rings: a worker that cannot load is no loss.
+// Rings in a hidden tab too. The page's own timer runs beside the worker's, which may not load.
 export function alarm(ms, ring) {
   const id = ++last;
   waiting.set(id, ring);
@@ -19,7 +18,7 @@ export function alarm(ms, ring) {
     worker ??= Object.assign(new Worker(new URL("./worker.js", import.meta.url)), { onmessage: ({ data }) => fire(data) });
     worker.postMessage([id, ms]);
   } catch {
-    // There are none here, or not from another origin.
+    // none here, or not from this origin
   }
   return () => {
     clearTimeout(timer);

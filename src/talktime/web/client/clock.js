@@ -2,9 +2,10 @@ import { alarm } from "./alarm.js";
 import { formatCredits, parseReading, show } from "./reading.js";
 import { ServerTime } from "./time.js";
 
-const SURE_US = 200_000; // so well the server's time must be known to show a running clock,
-const SAMPLES_MAX = 4; // or so often have been asked for
-const BEAT_MS = 5000; // until a reading says otherwise
+const SURE_US = 200_000; // so well the time must be known to be shown,
+const SAMPLES_MAX = 4; // or so often asked for
+const BEAT_MS = 5000;
+const ASK_MS = 600_000; // how long a tab may only listen
 const ANSWER_MS_MAX = 10_000;
 const TRIES = 4;
 
@@ -31,15 +32,16 @@ export class ChatClock extends EventTarget {
   #samples = 0;
   #reading = null;
   #unknown = false; // there is no such chat yet
-  #watch; // it only reads
+  #watch;
   #resume = true; // takes a lapsed clock up again
   #problem = null;
   #rounds = 0;
+  #asked = 0;
   #failures = 0;
   #heard = -Infinity; // when the last answer came
   #floor = 0; // the latest instant that was shown
-  #hold = null; // the instant at which the display waits
-  #holds = new Set(); // for the answers to these commands
+  #hold = null; // the instant at which the display waits,
+  #holds = new Set(); // and for which commands
   #low = false;
   #exhausted = false;
   #shown;
@@ -52,8 +54,8 @@ export class ChatClock extends EventTarget {
 
   constructor(options) {
     super();
-    this.#options = { url: "", autoStart: true, lowSeconds: 60, ...options };
-    const { url, userId, chatId, watch } = this.#options;
+    const { url = "", userId, chatId, watch, autoStart = !watch, lowSeconds = 60 } = options;
+    this.#options = { ...options, autoStart, lowSeconds };
     this.#watch = watch;
     this.#url = `${url}/v1/users/${encodeURIComponent(userId)}/chats/${encodeURIComponent(chatId)}`;
     this.#shown = this.current();
@@ -69,7 +71,7 @@ export class ChatClock extends EventTarget {
         if (this.#reading) this.#wake(0);
         return new Promise((release) => (this.#release = release));
       };
-      locks?.request(`${name} ${chatId}`, { signal }, lead).catch(() => {}); // closed
+      if (!watch) locks?.request(`${name} ${chatId}`, { signal }, lead).catch(() => {});
     }
     const nudge = () => {
       if (!globalThis.document?.hidden && performance.now() > this.#heard + 1000) this.#wake(0);
@@ -91,8 +93,7 @@ export class ChatClock extends EventTarget {
   current() {
     const reading = this.#reading;
     const problem = this.#problem && { code: this.#problem.code, detail: this.#problem.message };
-    const sure = this.#samples >= SAMPLES_MAX || this.#time.uncertainty(performance.now()) <= SURE_US;
-    const ready = Boolean(reading) && (sure || !reading.accruing);
+    const ready = Boolean(reading) && (this.#samples >= SAMPLES_MAX || !reading.accruing);
     if (!ready) return { ready, state: this.#unknown ? "unknown" : null, accruing: false, problem, reading };
     const at = this.#at();
     const { elapsedUs, freeLeftUs, creditsUsed, balance } = show(reading, at);
@@ -124,7 +125,7 @@ export class ChatClock extends EventTarget {
     if (this.#closed.signal.aborted) return;
     const shown = (this.#shown = this.current());
     if (shown.accruing) {
-      // To the next whole second on display, or to where the clock stops.
+      // To the next whole second, or to where the clock stops.
       const us = Math.min(1e6 - (shown.elapsedUs % 1e6), shown.reading.accruesUntil - shown.at);
       this.#ticker = setTimeout(() => this.#change(), Math.ceil(us / 1000));
       const low = shown.secondsLeft !== null && shown.secondsLeft < this.#options.lowSeconds;
@@ -167,7 +168,7 @@ export class ChatClock extends EventTarget {
   close() {
     this.#closed.abort();
     this.#release?.();
-    this.#channel?.close();
+    this.#channel = this.#channel?.close();
     this.#cancel?.();
     clearTimeout(this.#ticker);
   }
@@ -184,7 +185,14 @@ export class ChatClock extends EventTarget {
   async #order(name, key, body) {
     const own = this.#options[name];
     if (!own) return this.#command(() => this.#send("POST", `/${name}`, body, key));
-    await this.#command(() => this.#ask(async () => ({ status: 200, sent: performance.now(), body: await own(key) })));
+    await this.#command(() =>
+      this.#ask(async () => {
+        const sent = performance.now();
+        const answer = await Promise.race([own(key), new Promise((_, no) => alarm(ANSWER_MS_MAX, no))]);
+        const body = answer?.json ? await answer.json().catch(() => {}) : answer;
+        return { status: answer?.ok === false ? answer.status : 200, sent, body };
+      }),
+    );
     return this.refresh();
   }
 
@@ -195,8 +203,10 @@ export class ChatClock extends EventTarget {
         this.#wake(this.#shown.ready ? this.#every : 0);
         return this.#shown;
       } catch (error) {
-        if (!error.passing || tried === TRIES || this.#closed.signal.aborted) throw error;
-        await new Promise((again) => alarm(250 * 2 ** tried * (0.5 + Math.random()), again));
+        if (!error.passing || tried === TRIES) throw error;
+        const ms = Math.max(250 * 2 ** tried * (0.5 + Math.random()), Math.min(error.retryMs || 0, ANSWER_MS_MAX));
+        await new Promise((again) => alarm(ms, again));
+        if (this.#closed.signal.aborted) throw error;
       }
     }
   }
@@ -216,10 +226,14 @@ export class ChatClock extends EventTarget {
 
   #hear({ from, advisorId, body, starting, started }) {
     if (from === this.#options.chatId) {
-      if (body && this.#apply(body)) this.#wake(1.3 * this.#every); // after the one that spoke
+      if (!body || !this.#apply(body)) return;
+      // After the one that spoke; at once if the device slept.
+      const now = performance.now();
+      const lost = this.#time.now(now) < this.#reading.serverTime - 1e6 || now > this.#asked + ASK_MS;
+      this.#wake(lost ? 0 : 1.3 * this.#every);
     } else if (starting && advisorId === this.#reading?.body.advisor_id) {
       this.#freeze(starting);
-      alarm(ANSWER_MS_MAX, () => this.#thaw(starting)); // if that tab is gone
+      alarm(ANSWER_MS_MAX, () => this.#thaw(starting));
     } else if (started) {
       const thaw = () => this.#thaw(started);
       this.refresh().then(thaw, thaw);
@@ -228,12 +242,7 @@ export class ChatClock extends EventTarget {
 
   // Who does not lead steps in if the one who does falls silent.
   get #every() {
-    const often = this.#leads || this.#time.uncertainty(performance.now()) > SURE_US;
-    return this.#beat * (often ? 1 : 1.5);
-  }
-
-  get #beat() {
-    return this.#reading?.heartbeatMs ?? BEAT_MS;
+    return (this.#reading?.heartbeatMs ?? BEAT_MS) * (this.#leads ? 1 : 1.5);
   }
 
   #wake(ms) {
@@ -248,13 +257,13 @@ export class ChatClock extends EventTarget {
 
   async #round() {
     const round = ++this.#rounds;
-    const asked = performance.now();
+    const asked = (this.#asked = performance.now());
     const beats = this.#beats;
     this.#wake(this.#every); // should it hang
     try {
-      await (beats ? this.#send("POST", "/heartbeat") : this.#send("GET", ""));
-      const lapsed = this.#reading.state === "lapsed";
-      // Another chat runs in its place; the end of that one must not start this one unasked.
+      const { state } = await (beats ? this.#send("POST", "/heartbeat") : this.#send("GET", ""));
+      const lapsed = state === "lapsed";
+      // Another chat runs in its place, whose end must not start this one.
       if (beats && lapsed) this.#resume = false;
       const next = !this.#shown.ready || (lapsed && this.#beats) ? 0 : asked + this.#every - performance.now();
       if (round === this.#rounds) this.#wake(next);
@@ -262,12 +271,12 @@ export class ChatClock extends EventTarget {
       if (beats && error.code === "forbidden") {
         this.#watch = true;
         this.#wake(0);
-      } else if (this.#unknown && !this.#watch && this.#options.autoStart) {
+      } else if (this.#unknown && this.#options.autoStart) {
         this.#options.autoStart = false;
-        this.start().catch(() => {});
+        this.start().catch(({ passing }) => (this.#options.autoStart = passing));
       } else if (this.#failures) {
-        const backoff = this.#beat * 2 ** Math.min(this.#failures - 2, 1) * (0.75 + 0.5 * Math.random());
-        this.#wake(Math.max(backoff, error.retryMs ?? 0));
+        const backoff = this.#every * 2 ** Math.min(this.#failures - 2, 1) * (0.75 + 0.5 * Math.random());
+        this.#wake(Math.max(backoff, error.retryMs || 0));
       }
     }
   }
@@ -287,13 +296,13 @@ export class ChatClock extends EventTarget {
         const response = await fetch(this.#url + path, init);
         const received = performance.now();
         const retryMs = response.headers.get("Retry-After") * 1000;
-        const answer = await response.json().catch(() => ({})); // a proxy's page
+        const answer = await response.json().catch(() => ({}));
         return { status: response.status, body: answer, sent, received, retryMs };
       } finally {
         cancel();
       }
     };
-    await this.#ask(async () => {
+    return this.#ask(async () => {
       const first = await bearer();
       const answer = await fetched(first);
       const fresh = answer.status === 401 ? await bearer(first) : first;
@@ -307,23 +316,20 @@ export class ChatClock extends EventTarget {
     try {
       const { status, body, sent, received = performance.now(), retryMs } = await request();
       const good = status === 200;
-      const reading = good ? body : body.reading;
+      const reading = good ? body : body?.reading;
       if (reading?.server_time) {
         this.#time.sample(sent, received, parseReading(reading).serverTime);
-        this.#samples++;
-        if (good) {
-          this.#heard = performance.now();
-          this.#failures = 0;
-          this.#problem = null;
-        }
-        if (this.#apply(reading)) this.#channel?.postMessage({ from: this.#options.chatId, body: reading });
+        // Known well once, it stays so.
+        this.#samples += this.#time.uncertainty(received) > SURE_US ? 1 : SAMPLES_MAX;
+        if (this.#apply(reading) && !this.#watch) this.#channel?.postMessage({ from: this.#options.chatId, body: reading });
       }
-      if (good && (reading?.server_time || !path)) return;
-      const code = status < 500 && status !== 429 && body.code;
-      error = new ClockError(code || "unavailable", status, body.detail);
+      if (good && (reading?.server_time || !path)) return reading;
+      const passing = good || status === 429 || status >= 500;
+      const code = passing ? "unavailable" : (body?.code ?? (status === 401 ? "unauthorized" : "refused"));
+      error = new ClockError(code, status, body?.detail);
       error.retryMs = retryMs;
     } catch (thrown) {
-      error = typeof thrown.code === "string" ? thrown : new ClockError("offline", 0);
+      error = typeof thrown?.code === "string" ? thrown : new ClockError("offline", 0);
     }
     this.#fail(error, asked, path);
     throw error;
@@ -335,7 +341,7 @@ export class ChatClock extends EventTarget {
     if (/^(chat|user)-not-found$/.test(code) && !this.#reading) {
       this.#failures = 0;
       this.#unknown = true;
-      if (this.#problem?.passing) this.#problem = null;
+      if (this.#problem?.passing && !this.#options.autoStart) this.#problem = null;
     } else if (status === 409) {
       this.#failures = 0;
       this.#emit("conflict", error);
@@ -350,12 +356,16 @@ export class ChatClock extends EventTarget {
 
   #apply(body) {
     const reading = parseReading(body);
+    this.#heard = performance.now();
+    this.#failures = 0;
+    this.#problem = null;
     const was = this.#reading;
     const newer = !was || (reading.revision - was.revision || reading.asOf - was.asOf) >= 0;
     if (newer) {
       this.#reading = reading;
       this.#unknown = false;
       if (reading.state === "running") this.#resume = true;
+      if (this.#holds.size) this.#hold ??= reading.asOf;
     }
     this.#change();
     return newer;

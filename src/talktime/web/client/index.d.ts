@@ -101,7 +101,7 @@ export class ServerTime {
 
 /**
  * What is wrong. `offline`: no answer; `unavailable`: the server has trouble; `unauthorized`: the token is refused;
- * `forbidden`: it may not do this; else the `code` of the API's problem document.
+ * `forbidden`: it may not do this; else the `code` of the problem document, or `refused` where there is none.
  */
 export interface Problem {
   code: string;
@@ -125,6 +125,12 @@ export interface NotReady {
   /** `unknown`: the API has no such chat. */
   state: "unknown" | null;
   accruing: false;
+  at?: undefined;
+  elapsedUs?: undefined;
+  freeLeftUs?: undefined;
+  creditsUsed?: undefined;
+  balance?: undefined;
+  secondsLeft?: undefined;
   problem: Problem | null;
   reading: Reading | null;
 }
@@ -162,13 +168,15 @@ export interface ChatClockOptions {
   token: string | ((refused?: string) => string | Promise<string>);
   /**
    * Asks the page's own server to start the chat, since only a service creates chats: it is to call the API's start
-   * with this Idempotency-Key, and may give back the reading. Default: the page asks the API itself.
+   * with this Idempotency-Key. It may give back a Response, the reading, or nothing, and is called again if a Response
+   * is 429 or 5xx, or the promise is rejected (unless with an error that has a `code`: a refusal). Default: the page asks
+   * the API itself.
    */
   start?: (idempotencyKey: string) => Promise<unknown>;
   /** Ask the page's own server to pause and to end the chat, where a page's token may not; as `start`. */
   pause?: () => Promise<unknown>;
   stop?: () => Promise<unknown>;
-  /** Whether a chat that does not exist is started when the page loads; default true. */
+  /** Whether a chat that does not exist is started when the page loads; default true, but not for who only watches. */
   autoStart?: boolean;
   /** Only reads, and never beats: for an onlooker. */
   watch?: boolean;

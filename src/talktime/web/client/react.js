@@ -10,23 +10,29 @@ const never = () => () => {};
  */
 export function useChatClock(options) {
   const { url, userId, chatId } = options;
+  const name = JSON.stringify([url, userId, chatId]);
   const latest = useRef(options);
-  const [clock, setClock] = useState(null);
+  const [opened, setOpened] = useState(null);
+  const clock = opened?.name === name ? opened.clock : null; // not the last chat's, for one render
   useEffect(() => {
     latest.current = options;
   });
   useEffect(() => {
     const own = { ...latest.current };
-    for (const name of ["token", "start", "pause", "stop"]) {
+    for (const name of ["start", "pause", "stop"]) {
       if (typeof own[name] === "function") own[name] = (argument) => latest.current[name](argument);
     }
+    own.token = (refused) => {
+      const { token } = latest.current;
+      return typeof token === "function" ? token(refused) : token;
+    };
     const made = new ChatClock(own);
-    setClock(made);
+    setOpened({ name, clock: made });
     return () => {
-      setClock(null);
+      setOpened(null);
       made.close();
     };
-  }, [url, userId, chatId]);
+  }, [name]);
   const shown = useSyncExternalStore(
     clock ? clock.subscribe : never,
     () => (clock ? clock.shown : NOTHING),

@@ -1,5 +1,4 @@
-// Instants are microseconds since 1970, exact in Numbers until the year 2255. Credits are BigInt micro-credits: the
-// product of a rate and a time soon passes 2 ** 53.
+// Instants are exact in Numbers until the year 2255; a rate times a time soon passes 2 ** 53.
 
 const MINUTE_US = 60_000_000n;
 

@@ -1,10 +1,9 @@
 const DRIFT = 1e-4; // of one quartz clock against another, at most
 const GRAIN_US = 1000; // browsers blur performance.now()
 const SLEW = 0.1; // how fast a small correction is worked in
-const STEP_US = 1e6; // a larger one is no drift: a clock was set, or the device slept
+const STEP_US = 1e6; // a larger one means that a clock was set, or slept
 
-// The server reads its clock between the sending of a request and the coming of its answer. So each round trip bounds the
-// distance of the two clocks, a quick one closely, and a slow one takes nothing from what quick ones told.
+// The server's clock was read within the round trip. So each one bounds the distance of the two clocks, quick ones closely.
 export class ServerTime {
   #low = -Infinity;
   #high = Infinity;
@@ -18,7 +17,7 @@ export class ServerTime {
     this.#low = Math.max(low, this.#low - spread);
     this.#high = Math.min(high, this.#high + spread);
     if (this.#low > this.#high) {
-      [this.#low, this.#high] = [low, high]; // a clock was set, or slept
+      [this.#low, this.#high] = [low, high];
     }
     this.#sampled = receivedMs;
   }

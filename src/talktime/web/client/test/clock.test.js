@@ -325,6 +325,101 @@ test("a server in trouble is left the time it asks for", async () => {
   assert.equal(api.log.length, before);
 });
 
+test("a Retry-After that is a date, or nonsense, is no reason to hurry", async () => {
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  api.rule = () => ({ status: 503, body: "{}", headers: { "retry-after": "Sat, 21 Nov 2026 14:00:00 GMT" } });
+  await until(() => clock.shown.problem);
+  const before = api.log.length;
+  await sleep(1000);
+  assert.ok(api.log.length - before <= 4, `${api.log.length - before} requests within a second`);
+});
+
+test("a command waits as long as a server in trouble asks", async () => {
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  const tries = [];
+  api.rule = ({ name, at }) => (name === "pause" && tries.push(at) < 2 ? { status: 503, body: "{}", headers: { "retry-after": "2" } } : {});
+  await clock.pause();
+  assert.ok(tries[1] - tries[0] >= 1990, `${tries[1] - tries[0]} ms`);
+});
+
+test("a start that fails for a while is tried until it works, and the page is told meanwhile", async () => {
+  const clock = open();
+  const problems = told(clock, "problem");
+  api.rule = ({ name }) => (name === "start" ? { status: 500, body: "{}" } : {});
+  await until(() => names().filter((name) => name === "start").length === 5, 12_000);
+  assert.ok(problems.length >= 1);
+  assert.equal(problems[0].code, "unavailable");
+  api.rule = () => ({});
+  await until(() => clock.shown.accruing, 4000);
+});
+
+test("the page's own server may answer with a Response, and refuse with one", async () => {
+  const answers = [new Response('{"code": "no-funds", "detail": "add credits first"}', { status: 402 }), new Response(null, { status: 204 })];
+  const clock = open({ autoStart: false, start: async () => answers.shift() });
+  await until(() => clock.shown.state === "unknown");
+  await assert.rejects(clock.start(), { code: "no-funds", status: 402, message: "add credits first" });
+  api.command("start");
+  assert.equal((await clock.start()).state, "running");
+});
+
+test("options that are undefined are as if they were not given", async () => {
+  api.balance = 500_000;
+  const clock = open({ autoStart: undefined, lowSeconds: undefined, watch: undefined, start: undefined });
+  const low = told(clock, "low");
+  await until(() => clock.shown.accruing);
+  assert.equal(low.length, 1);
+});
+
+test("a clock that is closed while it retries starts nothing", async () => {
+  const clock = open({ autoStart: false });
+  await until(() => clock.shown.state === "unknown");
+  api.rule = ({ name }) => (name === "start" ? { status: 503, body: "{}" } : {});
+  const started = clock.start();
+  await until(() => names().includes("start"));
+  clock.close();
+  await assert.rejects(started, { code: "unavailable" });
+  assert.equal(names().filter((name) => name === "start").length, 1);
+});
+
+test("a pause that is answered after the clock was closed has succeeded", async () => {
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  const paused = clock.pause();
+  clock.close();
+  await paused;
+  assert.equal(api.chat.state, "paused");
+});
+
+test("a pause right after a start is no step back", async () => {
+  const clock = open({ autoStart: false });
+  await until(() => clock.shown.state === "unknown");
+  api.rule = ({ name }) => (name === "pause" ? { after: 500 } : {});
+  const both = [clock.start(), clock.pause()];
+  const frames = await watch(clock, 900);
+  await Promise.allSettled(both);
+  neverBack([...frames, clock.current()]);
+});
+
+test("an onlooker beside it does not keep a clock from beating", async () => {
+  const onlooker = open({ watch: true });
+  const clock = open();
+  await until(() => clock.shown.accruing && onlooker.shown.accruing);
+  await sleep(3000);
+  assert.equal(api.chat.state, "running");
+  assert.ok(names().filter((name) => name === "heartbeat").length >= 4);
+});
+
+test("a tab whose own request failed hears from another that all is well", async () => {
+  const [first, second] = [open(), open()];
+  await until(() => first.shown.accruing && second.shown.accruing);
+  let lost = 2;
+  api.rule = () => (lost-- > 0 ? { lost: true } : {});
+  await until(() => first.shown.problem || second.shown.problem, 3000);
+  await until(() => !first.shown.problem && !second.shown.problem, 3000);
+});
+
 test("of several tabs on one chat one beats, and all agree", async () => {
   const tabs = [open(), open(), open()];
   await until(() => tabs.every((tab) => tab.shown.accruing));

@@ -44,3 +44,20 @@ test("a component shows the clock, ticks, pauses, and follows to another chat", 
   assert.equal(api.log.length, asked, "an unmounted clock asks nothing");
   await api.close();
 });
+
+test("a token that is renewed is used", async () => {
+  const api = await new FakeApi().listen();
+  api.command("start");
+  let now;
+  function Clock({ token }) {
+    now = useChatClock({ url: api.url, userId: "u1", chatId: "c1", token });
+    return null;
+  }
+  let root;
+  await act(() => (root = TestRenderer.create(createElement(Clock, { token: "stale" }))));
+  await until(() => now.problem?.code === "unauthorized");
+  await act(() => root.update(createElement(Clock, { token: "good" })));
+  await until(() => now.accruing);
+  await act(() => root.unmount());
+  await api.close();
+});
