@@ -158,3 +158,11 @@ async def test_a_database_in_use_is_left_alone(database_url: URL) -> None:
 
         assert default
         assert card == service.default_card
+
+
+async def test_without_the_demo_the_front_door_leads_to_the_console(database_url: URL) -> None:
+    async with serving(database_url, pages=pages()) as client:
+        answer = await client.get("/")
+
+        assert (303, "/console") == (answer.status_code, answer.headers["location"])
+        problem_of(await client.post("/demo/guests"), 404, "not-found")
