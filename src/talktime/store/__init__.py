@@ -1,11 +1,14 @@
 """The store: the only room that speaks SQL.
 
-``tables``    the schema, as SQLAlchemy Core metadata
-``schema``    bringing a database to the newest schema
-``database``  engine, transactions, retries, the translation of driver errors
-``accounts``  account states: locked for a change, saved, or read in one snapshot
-``ledger``    ledger entries, segments and rate cards
-``embedded``  the embedded PostgreSQL
+``tables``     the schema, as SQLAlchemy Core metadata
+``schema``     bringing a database to the newest schema
+``database``   engine, transactions, retries, the translation of driver errors
+``accounts``   account states: locked for a change, saved, or read in one snapshot
+``ledger``     ledger entries, segments and rate cards
+``history``    everything that is stored of an account, for those who check it
+``operators``  reads over all users, for the console; and the reconciler's passes
+``keys``       service keys, and the console's sessions
+``embedded``   the embedded PostgreSQL
 
 Locking, the same everywhere: separate statements, in this order. Lock the account row (several in user_id order); then
 read and lock its running and resumable chats in (user_id, chat_id) order; then read the clock. Whoever holds an
