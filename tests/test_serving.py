@@ -244,7 +244,7 @@ def test_serve_is_the_api_alone(database_url: URL, home: Path, tmp_path: Path) -
         for page in ("/console", "/schema"):
             assert 200 == service.client.get(page, follow_redirects=True).status_code
         # There is no demo on a server that others reach.
-        assert 404 == service.client.get("/").status_code
+        assert "/console" == service.client.get("/").headers["location"]
         assert "demo at" not in service.output.read_text()
         assert 0 == service.end(signal.SIGINT)
     assert not home.exists()
@@ -329,7 +329,7 @@ def test_up_without_the_demo_leaves_the_database_empty(database_url: URL, tmp_pa
     up = ("up", "--no-demo", "--port", "0", "--home", tmp_path / "home")
     with running(tmp_path / "log", *up, TALKTIME_DATABASE_URL=written(database_url)) as service:
         assert "demo at" not in service.output.read_text()
-        assert 404 == service.client.get("/").status_code
+        assert "/console" == service.client.get("/").headers["location"]
         with connect(database_url) as connection:
             for table in ("advisor", "account"):
                 assert (0,) == connection.execute(f"SELECT count(*) FROM {table}").fetchone()
