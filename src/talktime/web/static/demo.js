@@ -6,6 +6,7 @@ const KEPT = "talktime-demo";
 const LOW_SECONDS = 15;
 const WORDS = {
   running: "Running",
+  waiting: "Waiting",
   lapsed: "Interrupted",
   paused: "Paused",
   exhausted: "Out of credits",
@@ -127,8 +128,7 @@ function render(chat) {
   row.toggleAttribute("aria-current", chat === selected);
   if (chat === selected) row.setAttribute("aria-current", "true");
   const badge = row.querySelector(".badge");
-  badge.textContent = WORDS[shown.state] ?? "Opening";
-  badge.className = `badge ${shown.state ?? ""}`;
+  writeState(badge, shown);
   row.querySelector(".time").textContent = shown.ready ? duration(shown.elapsedUs) : "";
   const button = row.querySelector("button");
   button.textContent = shown.accruing || shown.state === "ended" ? "Show" : "Switch to it";
@@ -137,13 +137,18 @@ function render(chat) {
   renderBalance();
 }
 
+function writeState(badge, { ready, state, accruing }) {
+  const waits = ready && state === "running" && !accruing; // for the network
+  badge.textContent = WORDS[waits ? "waiting" : state] ?? "Opening";
+  badge.className = `badge ${waits ? "lapsed" : (state ?? "")}`;
+}
+
 function renderSelected({ advisorId, clock }) {
   const { shown } = clock;
   const { name, card } = advisors.get(advisorId) ?? { name: advisorId };
   $("now-title").textContent = name;
   $("now-state").hidden = !shown.state;
-  $("now-state").textContent = shown.accruing || shown.state !== "running" ? (WORDS[shown.state] ?? "Opening") : "Waiting";
-  $("now-state").className = `badge ${shown.state}`;
+  writeState($("now-state"), shown);
   document.querySelector(".now").classList.toggle("still", !shown.accruing);
   $("now-price").textContent = card ? price(card) : "–";
   if (!shown.ready) return;
