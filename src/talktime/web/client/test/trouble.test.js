@@ -305,3 +305,27 @@ test("a closed clock asks nothing more and lets the process end", async () => {
   await sleep(1200);
   assert.equal(api.log.length, before);
 });
+
+test("a gateway's 401, which is no problem document, is told as one", async () => {
+  const clock = open();
+  const refusals = told(clock, "unauthorized");
+  await until(() => clock.shown.accruing);
+  api.rule = () => ({ status: 401, body: "<html>" });
+  await until(() => refusals.length);
+  assert.equal(clock.shown.problem.code, "unauthorized");
+});
+
+test("a beat that is answered late, after the lease was seen to end, does not end resuming", async () => {
+  api.leaseUs = 700_000;
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  let beats = 0;
+  api.rule = ({ name }) => (name !== "heartbeat" ? {} : beats++ === 0 ? { after: 1500 } : { lost: true });
+  await until(() => beats >= 1);
+  await sleep(1350);
+  await clock.refresh();
+  assert.equal(clock.shown.state, "lapsed");
+  await sleep(300); // the late answer comes
+  api.rule = () => ({});
+  await until(() => clock.shown.state === "running");
+});
