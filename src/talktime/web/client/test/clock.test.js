@@ -117,14 +117,52 @@ test("answers that overtake each other do no harm", async () => {
   const clock = open();
   await until(() => clock.shown.accruing);
   let n = 0;
-  api.rule = () => (n++ % 3 === 0 ? { after: 4000 } : {});
+  api.rule = ({ name }) => (name === "heartbeat" && n++ % 3 === 0 ? { after: 4000 } : {});
   const frames = await watch(clock, 3000);
   neverBack(frames);
   const asOf = frames.map(({ reading }) => reading.asOf);
   assert.deepEqual(asOf, asOf.toSorted?.((a, b) => a - b) ?? [...asOf].sort((a, b) => a - b));
   await clock.pause();
   const { elapsedUs } = clock.shown;
-  await sleep(4000); // the late answers to beats before the pause come in now
+  // The late answers to beats before the pause come in now.
+  for (const { state, elapsedUs: seen } of await watch(clock, 4200)) assert.deepEqual([state, seen], ["paused", elapsedUs]);
   assert.equal(clock.current().state, "paused");
   assert.equal(clock.current().elapsedUs, elapsedUs);
+});
+
+test("a server's clock that is set back holds the display, which never goes back", async () => {
+  api.leaseUs = 20_000_000;
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  const before = await watch(clock, 1500);
+  api.skewUs -= 1_200_000;
+  const frames = await watch(clock, 2500);
+  neverBack([...before, ...frames]);
+  assert.ok(frames.at(-1).elapsedUs > before.at(-1).elapsedUs, "it goes on when the server's clock has come so far");
+});
+
+test("a running clock is not shown by a time that is badly known", async () => {
+  api.leaseUs = 20_000_000;
+  api.command("start");
+  let n = 0;
+  api.rule = () => (n++ < 2 ? { after: 1200 } : {});
+  const clock = open();
+  const frames = await watch(clock, 4000);
+  assert.ok(frames.length > 100);
+  assert.ok(frames.every(({ offMs }) => Math.abs(offMs) < 250));
+});
+
+test("a lapsed clock whose place another chat has taken is not started when that one ends", async () => {
+  const clock = open();
+  await until(() => clock.shown.accruing);
+  api.taken = true;
+  api.rule = () => ({ lost: true });
+  await sleep(1700);
+  api.rule = () => ({});
+  await until(() => clock.shown.state === "lapsed");
+  await sleep(700);
+  api.taken = false;
+  await sleep(1500);
+  assert.equal(clock.shown.state, "lapsed");
+  assert.equal((await clock.start()).state, "running");
 });

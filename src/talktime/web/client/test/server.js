@@ -14,6 +14,7 @@ export class FakeApi {
   rate = 60_000_000; // a credit a second
   freeUs = 0;
   token = "good";
+  taken = false; // another chat runs in this one's place
   log = [];
   /** (request) => {before, after} milliseconds, {lost: true}, or {status, body}. */
   rule = () => ({});
@@ -82,7 +83,7 @@ export class FakeApi {
       this.chat.revision++;
     } else if (name === "heartbeat") {
       if (chat.state === "running") chat.beat = now;
-      if (chat.state === "lapsed") {
+      if (chat.state === "lapsed" && !this.taken) {
         this.#open(now);
         chat.revision++;
       }
