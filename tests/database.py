@@ -181,6 +181,8 @@ CREATE SCHEMA simulated;
 CREATE SEQUENCE simulated.instant MINVALUE 0 START {start};
 CREATE FUNCTION simulated.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql
     AS $$ SELECT timestamptz 'epoch' + last_value * interval '1 microsecond' FROM simulated.instant $$;
+GRANT USAGE ON SCHEMA simulated TO PUBLIC;
+GRANT SELECT ON simulated.instant TO PUBLIC;
 ALTER DATABASE {database} SET search_path = simulated, pg_catalog, public;
 """
 

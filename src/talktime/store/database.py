@@ -33,6 +33,15 @@ POOL_WAIT_SECONDS_MAX = 5
 # all others from theirs; and a process that was frozen in a transaction does not hold its locks for ever.
 _SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '20s'"
 
+APPLICATION_ROLE = "talktime_app"
+"""The role with no more privileges than the application needs; a migration makes it, and says which they are."""
+
+# Since PostgreSQL 16 a member of a role need not be allowed to take it.
+_MAY_TAKE_ROLE = """
+SELECT pg_has_role(oid, CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER' ELSE 'SET' END)
+FROM pg_roles WHERE rolname = %s
+"""
+
 _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
 # Connection trouble (08), resources such as disk and connections (53), operator intervention (57), system errors
 # (58), a database that turned read-only behind a failover, and a transaction that idled for too long.
@@ -65,7 +74,8 @@ class Database:
             pool_timeout=POOL_WAIT_SECONDS_MAX,
             connect_args={"connect_timeout": CONNECT_SECONDS_MAX, "application_name": "talktime"},
         )
-        event.listen(self.engine.sync_engine, "connect", _prepare_session)
+        self._told_of_role = False
+        event.listen(self.engine.sync_engine, "connect", self._prepare_session)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -124,13 +134,19 @@ class Database:
             await asyncio.sleep(random.uniform(0, 0.02) * attempt)  # noqa: S311 - spreads retries, guards nothing
         raise AssertionError
 
-
-def _prepare_session(connection: DBAPIConnection, _: object) -> None:
-    connection.autocommit = True
-    cursor = connection.cursor()
-    cursor.execute(_SESSION)
-    cursor.close()
-    connection.autocommit = False
+    def _prepare_session(self, connection: DBAPIConnection, _: object) -> None:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute(_SESSION)
+        cursor.execute(_MAY_TAKE_ROLE, (APPLICATION_ROLE,))
+        found = cursor.fetchone()
+        if found is not None and found[0]:
+            cursor.execute(f"SET ROLE {APPLICATION_ROLE}")
+        elif found is not None and not self._told_of_role:
+            self._told_of_role = True
+            log.warning("this login may not take the role %s: it keeps privileges of its own", APPLICATION_ROLE)
+        cursor.close()
+        connection.autocommit = False
 
 
 def _sqlstate(error: DBAPIError) -> str:
