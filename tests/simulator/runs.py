@@ -1,0 +1,89 @@
+"""Histories run to their end: one, or many in several processes."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+
+from sqlalchemy.engine import URL
+
+from talktime.store.database import Database
+from tests.database import Databases, connect, simulated_clock
+from tests.simulator.beliefs import Difference
+from tests.simulator.history import History
+from tests.simulator.processes import Processes
+from tests.support import audit_lines
+
+
+class Failure(Exception):
+    """A history in which the service showed what it must not; how to repeat it, and its last steps."""
+
+
+def run_history(databases: Databases, seed: int, steps: int) -> Counter[str]:
+    """Run one history on a database of its own; returns what it did, counted.
+
+    Raises:
+        Failure: service and reference differ.
+    """
+    url = databases.create()
+    try:
+        with simulated_clock(url) as clock, Processes(url.render_as_string(hide_password=False)) as processes:
+            history = History(seed, processes=processes, admin=clock.connection, clock=clock)
+            try:
+                history.begin()
+                for _ in range(steps):
+                    history.step()
+                history.end()
+                found = asyncio.run(_audited(url))
+                if found:
+                    raise Difference("\n".join(found))
+            except AssertionError as error:
+                log = "\n".join(history.log)
+                command = f"uv run python -m tests.simulator --first {seed} --histories 1 --steps {steps}"
+                message = f"{log}\n\nhistory {seed}, step {history.totals['steps']}: {error}\n\nto repeat it: {command}"
+                raise Failure(message) from error
+            finally:
+                history.close()
+            history.totals["histories"] += 1
+            return history.totals
+    finally:
+        databases.drop(url)
+
+
+async def _audited(url: URL) -> list[str]:
+    database = Database(url)
+    try:
+        return await audit_lines(database)
+    finally:
+        await database.close()
+
+
+def run_histories(databases: Databases, seeds: range, steps: int, *, at_once: int) -> Iterator[Counter[str]]:
+    """Run many histories, several at once; yields what each did.
+
+    Raises:
+        Failure: service and reference differ in one of them; the others are given up.
+    """
+    waiting = iter(seeds)
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+        running: set[Future[Counter[str]]] = set()
+        try:
+            while True:
+                for seed in islice(waiting, at_once - len(running)):
+                    running.add(pool.submit(_run_elsewhere, databases.server, databases.prefix, seed, steps))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_elsewhere(server: URL, prefix: str, seed: int, steps: int) -> Counter[str]:
+    with connect(server) as admin:
+        return run_history(Databases(server, admin, prefix, iter([seed])), seed, steps)
