@@ -9,19 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from itertools import permutations
-from typing import Any
 
 from tests.meter import reference
 from tests.meter.histories import Card, Settings
-from tests.meter.reference import BEYOND, Reference
-
-HORIZON_US = 80
-"""How far the reference looks ahead for what would happen if all chats kept beating."""
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+from tests.meter.reference import Reference
+from tests.simulator.readings import figures, reading_mismatch
+from tests.simulator.service import Answer, Command, differ
 
 REFUSALS = {
     reference.UnknownChat: (404, "chat-not-found"),
@@ -29,32 +23,8 @@ REFUSALS = {
     reference.ChatNotActive: (409, "chat-not-active"),
     reference.InsufficientBalance: (409, "insufficient-balance"),
 }
+KEY_REUSED = 422, "idempotency-key-reused"
 _CREATED, _OK = 201, 200
-
-
-class Difference(AssertionError):
-    """The service shows what the reference does not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """A request that changes something: start, heartbeat, pause, stop or credit."""
-
-    user_id: str
-    what: str
-    chat_id: str = ""
-    advisor_id: str = ""
-    key: str | None = None
-    kind: str = ""
-    amount: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An HTTP answer."""
-
-    status: int
-    body: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +93,7 @@ def after_commands(
         after for belief in beliefs for order in _orders(sent, passed_at) for after in _fold(belief, order, mismatches)
     ]
     if not found:
-        raise Difference(f"user {user_id}: " + "\n".join(dict.fromkeys(mismatches)))
+        differ(f"user {user_id}", "\nor ".join(dict.fromkeys(mismatches)))
     return distinct(found)
 
 
@@ -182,7 +152,7 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterat
         earlier = belief.credits.get(command.key)
         if earlier is not None:
             same = (earlier.kind, earlier.amount) == (command.kind, command.amount)
-            yield belief, _Expected(_CREATED) if same else _Expected(422, "idempotency-key-reused")
+            yield belief, _Expected(_CREATED) if same else _Expected(*KEY_REUSED)
             return
     if command.what == "heartbeat" and before is not None:
         beaten = before.copy()
@@ -195,6 +165,10 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterat
         _carry_out(target, command, around)
     except tuple(REFUSALS) as refusal:
         status, code = REFUSALS[type(refusal)]
+        if isinstance(refusal, reference.WrongAdvisor) and command.key is not None:
+            assert before is not None
+            if command.key == before.chats[command.chat_id].start_key:
+                status, code = KEY_REUSED
         reading = None
         if isinstance(refusal, reference.ChatNotActive):
             assert before is not None
@@ -233,78 +207,3 @@ def _carry_out(target: Reference, command: Command, around: Circumstances) -> No
             target.stop(now, command.chat_id)
         case _:
             target.credit(now, command.kind, command.amount)
-
-
-# --- readings ---------------------------------------------------------------------------------------------------------
-
-
-def figures(account: Reference, chat_id: str, now: int) -> dict[str, object]:
-    """Return what a reading of a chat must show."""
-    shown = account.reading(now, chat_id, horizon_us=HORIZON_US)
-    chat = account.chats[chat_id]
-    also = {"chat_id": chat_id, "advisor_id": chat.advisor_id, "server_time": now, "materialized_through": account.at}
-    return {**shown, **also}
-
-
-_AS_IT_IS = ("chat_id", "advisor_id", "state", "accruing", "revision", "stop_reason")
-_MICROSECONDS = ("elapsed_us", "free_used_us", "free_left_us", "count_us")
-_CREDITS = ("credits_used", "balance")
-_INSTANTS = (
-    *("as_of", "server_time", "accrues_until", "paid_from", "free_until", "exhausts_at"),
-    *("started_at", "stopped_at", "materialized_through"),
-)
-
-
-def reading_mismatch(expected: Mapping[str, object], body: Mapping[str, Any]) -> str | None:
-    """Say in what a reading differs from what is expected; None if in nothing."""
-    tariff = body["tariff"]
-    shown: dict[str, object] = {
-        **{name: body[name] for name in (*_AS_IT_IS, *_MICROSECONDS)},
-        **{name: micro(body[name]) for name in _CREDITS},
-        **{name: instant(body[name]) for name in _INSTANTS},
-        "tariff": reference.Tariff(
-            micro(tariff["credits_per_minute"]),
-            int(Decimal(str(tariff["first_seconds"])) * 1_000_000),
-            int(Decimal(str(tariff["increment_seconds"])) * 1_000_000),
-        ),
-    }
-    as_of = shown["as_of"]
-    assert isinstance(as_of, int)
-    differing = {
-        name: (value, shown[name])
-        for name, value in expected.items()
-        if value != shown[name] and not (value is BEYOND and _is_beyond(shown[name], as_of))
-    }
-    if not differing:
-        return None
-    told = ", ".join(f"{name} is {is_} and must be {value}" for name, (value, is_) in sorted(differing.items()))
-    return f"chat {body['chat_id']}: {told}"
-
-
-def _is_beyond(shown: object, as_of: int) -> bool:
-    return shown is None or (isinstance(shown, int) and shown > as_of + HORIZON_US)
-
-
-def seconds(us: int) -> str:
-    """Write microseconds as decimal seconds."""
-    return f"{Decimal(us) / 1_000_000:f}"
-
-
-def amount(micro_credits: int) -> str:
-    """Write micro-credits as the API does."""
-    return f"{Decimal(micro_credits) / 1_000_000:.6f}"
-
-
-def micro(text: str) -> int:
-    """Read an amount as the API writes it."""
-    whole, decimals = text.split(".")
-    assert len(decimals) == 6
-    return int(whole + decimals)
-
-
-def instant(text: str | None) -> int | None:
-    """Read an instant as the API writes it, as microseconds."""
-    if text is None:
-        return None
-    assert text.endswith("Z")
-    return (datetime.fromisoformat(text) - EPOCH) // timedelta(microseconds=1)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import cache
 from itertools import islice
 
 from sqlalchemy.engine import URL
 
 from talktime.store.database import Database
 from tests.database import Databases, connect, simulated_clock
-from tests.simulator.beliefs import Difference
 from tests.simulator.history import History
 from tests.simulator.processes import Processes
+from tests.simulator.service import differ
 from tests.support import audit_lines
 
 
@@ -23,7 +25,7 @@ class Failure(Exception):
     """A history in which the service showed what it must not; how to repeat it, and its last steps."""
 
 
-def run_history(databases: Databases, seed: int, steps: int) -> Counter[str]:
+def run_history(databases: Databases, processes: Processes, seed: int, steps: int) -> Counter[str]:
     """Run one history on a database of its own; returns what it did, counted.
 
     Raises:
@@ -31,8 +33,8 @@ def run_history(databases: Databases, seed: int, steps: int) -> Counter[str]:
     """
     url = databases.create()
     try:
-        with simulated_clock(url) as clock, Processes(url.render_as_string(hide_password=False)) as processes:
-            history = History(seed, processes=processes, admin=clock.connection, clock=clock)
+        with simulated_clock(url) as clock:
+            history = History(seed, url=url.render_as_string(hide_password=False), processes=processes, clock=clock)
             try:
                 history.begin()
                 for _ in range(steps):
@@ -40,7 +42,7 @@ def run_history(databases: Databases, seed: int, steps: int) -> Counter[str]:
                 history.end()
                 found = asyncio.run(_audited(url))
                 if found:
-                    raise Difference("\n".join(found))
+                    differ("the audit", "\n".join(found))
             except AssertionError as error:
                 log = "\n".join(history.log)
                 command = f"uv run python -m tests.simulator --first {seed} --histories 1 --steps {steps}"
@@ -84,6 +86,13 @@ def run_histories(databases: Databases, seeds: range, steps: int, *, at_once: in
             pool.shutdown(cancel_futures=True)
 
 
+@cache
+def _own_processes() -> Processes:
+    processes = Processes()
+    atexit.register(processes.close)
+    return processes
+
+
 def _run_elsewhere(server: URL, prefix: str, seed: int, steps: int) -> Counter[str]:
     with connect(server) as admin:
-        return run_history(Databases(server, admin, prefix, iter([seed])), seed, steps)
+        return run_history(Databases(server, admin, prefix, iter([seed])), _own_processes(), seed, steps)

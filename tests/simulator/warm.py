@@ -1,0 +1,135 @@
+"""The warm process: it has imported everything, so a process of the product is one fork away.
+
+It takes a line of JSON on standard input for each request and answers with one. When its input ends, it kills what it
+started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from sqlalchemy import Engine, event
+
+from reconciler.sweep import sweep
+from talktime.api.app import create_app
+from talktime.settings import load_settings
+from talktime.store.database import Database
+from tests.simulator.processes import DIE_AT
+
+
+class Doom:
+    """Counts statements, commits and parts of answers down to the process's death."""
+
+    left = 0
+
+    def count(self, *_: object) -> None:
+        """Count one."""
+        if self.left:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _serve(listener: socket.socket, url: str, variables: dict[str, str], doom: Doom) -> None:
+    app: Any = create_app(load_settings(variables), lambda: Database(url))
+
+    async def doomed(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has it
+        die_at = int(dict(scope["headers"]).get(DIE_AT.encode(), 0)) if scope["type"] == "http" else 0
+        if die_at:
+            doom.left = die_at
+
+        async def send_or_die(message: Any) -> None:  # noqa: ANN401 - as ASGI has it
+            doom.count()
+            await send(message)
+
+        await app(scope, receive, send_or_die)
+        if die_at:
+            doom.left = 0
+
+    config = uvicorn.Config(doomed, log_config=None, access_log=False, ws="none", lifespan="on")
+    asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+
+
+def _sweep(url: str, batch_accounts: int) -> int:
+    async def work() -> int:
+        database = Database(url)
+        try:
+            return (await sweep(database, asyncio.Event(), batch_accounts=batch_accounts)).failed
+        finally:
+            await database.close()
+
+    return asyncio.run(work())
+
+
+def _fork(work: Callable[[], int | None]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    # In the new process. It must not take the warm one's input, nor answer in its place.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    random.seed()
+    code = os.EX_SOFTWARE
+    try:
+        code = int(bool(work()))
+    except Exception:  # noqa: BLE001 - whatever it is, the exit code tells
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _answer(request: dict[str, Any], doom: Doom) -> dict[str, int]:
+    match request:
+        case {"serve": {"url": str(url), "variables": dict(variables)}}:
+            # With the protocol named: asyncio turns off Nagle's algorithm only then.
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+                listener.bind(("127.0.0.1", 0))
+                listener.listen()  # so that whoever comes too early waits
+                port = int(listener.getsockname()[1])
+                return {"pid": _fork(lambda: _serve(listener, url, variables, doom)), "port": port}
+        case {"sweep": {"url": str(url), "batch_accounts": int(batch_accounts), "die_at": int(die_at)}}:
+            doom.left = die_at
+            pid = _fork(lambda: _sweep(url, batch_accounts))
+            doom.left = 0
+            return {"pid": pid}
+        case {"wait": int(pid)}:
+            return {"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
+        case {"kill": int(pid)}:
+            os.kill(pid, signal.SIGKILL)  # until it is waited for, the id is its own
+            return {}
+    raise ValueError(request)
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    doom = Doom()
+    event.listen(Engine, "before_cursor_execute", doom.count)
+    event.listen(Engine, "commit", doom.count)
+    started: set[int] = set()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = _answer(request, doom)
+        if "pid" in answer:
+            started.add(answer["pid"])
+        started.discard(request.get("wait", 0))
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main()
