@@ -147,13 +147,10 @@ class _Expected:
 
 def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterator[tuple[Belief, _Expected]]:
     now, before = around.now, belief.account
-    if command.what == "credit":
-        assert command.key is not None
-        earlier = belief.credits.get(command.key)
-        if earlier is not None:
-            same = (earlier.kind, earlier.amount) == (command.kind, command.amount)
-            yield belief, _Expected(_CREATED) if same else _Expected(*KEY_REUSED)
-            return
+    if command.what == "credit" and (earlier := belief.credits.get(command.key or "")) is not None:
+        same = (earlier.kind, earlier.amount) == (command.kind, command.amount)
+        yield belief, _Expected(_CREATED) if same else _Expected(*KEY_REUSED)
+        return
     if command.what == "heartbeat" and before is not None:
         beaten = before.copy()
         if beaten.fast_heartbeat(now, command.chat_id):
@@ -164,22 +161,24 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterat
     try:
         _carry_out(target, command, around)
     except tuple(REFUSALS) as refusal:
-        status, code = REFUSALS[type(refusal)]
-        if isinstance(refusal, reference.WrongAdvisor) and command.key is not None:
-            assert before is not None
-            if command.key == before.chats[command.chat_id].start_key:
-                status, code = KEY_REUSED
-        reading = None
-        if isinstance(refusal, reference.ChatNotActive):
-            assert before is not None
-            reading = figures(before, command.chat_id, now)
-        yield belief, _Expected(status, code, reading)
+        yield belief, _refused(refusal, before, command, now)
         return
     if command.what == "credit":
-        assert command.key is not None
-        yield Belief(target, {**belief.credits, command.key: command}), _Expected(_CREATED)
+        yield Belief(target, {**belief.credits, command.key or "": command}), _Expected(_CREATED)
     else:
         yield Belief(target, belief.credits), _Expected(_OK, reading=figures(target, command.chat_id, now))
+
+
+def _refused(refusal: Exception, before: Reference | None, command: Command, now: int) -> _Expected:
+    """Return what must be answered to a command that is refused."""
+    if isinstance(refusal, reference.ChatNotActive):
+        assert before is not None
+        return _Expected(*REFUSALS[type(refusal)], reading=figures(before, command.chat_id, now))
+    if isinstance(refusal, reference.WrongAdvisor) and command.key is not None:
+        assert before is not None
+        if command.key == before.chats[command.chat_id].start_key:
+            return _Expected(*KEY_REUSED)  # the key of a start with the right advisor
+    return _Expected(*REFUSALS[type(refusal)])
 
 
 def _carry_out(target: Reference, command: Command, around: Circumstances) -> None:

@@ -73,6 +73,8 @@ class History:
         self._looking = looking
         self._looks = Looks(lambda: looking.choice(self._apis), looking, self.totals)
         self._users = _choose_users(self._rng)
+        # In some histories nobody passes before the end, in others somebody always does.
+        self._likely = {**LIKELY, "passes": LIKELY["passes"] * self._rng.choice((0, 1, 1, 4))}
         self._beliefs: dict[str, list[Belief]] = {user_id: [Belief()] for user_id in self._users}
         self._cards: dict[str, Card] = {}
         self._held_up: list[Command] = []
@@ -100,7 +102,7 @@ class History:
 
     def step(self) -> None:
         """Let something happen, and compare."""
-        [what] = self._rng.choices(list(LIKELY), list(LIKELY.values()))
+        [what] = self._rng.choices(list(self._likely), list(self._likely.values()))
         wait_us = self._rng.choice(LONG_WAITS_US if what == "outage" else WAITS_US)
         self._now += wait_us
         self._clock.set(self._now)
@@ -158,7 +160,7 @@ class History:
         # One of them may be doomed; its process takes those with it that it has besides.
         die_at = rng.randint(1, EVENTS_OF_A_COMMAND) if rng.random() < 0.15 else 0
         requests = [self._request(commands[0], die_at), *map(self._request, commands[1:])]
-        passes = rng.choice((0, 1, 1, 2)) if len(commands) < 3 else 0
+        passes = rng.choice((0, 1, 1, 2)) if self._likely["passes"] and len(commands) < 3 else 0
         begun = self._reconcilers.begin(passes, batch_accounts=rng.choice(BATCHES))
         users = self._send(requests, passing=bool(begun))
         self._end_of(begun)
