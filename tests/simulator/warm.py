@@ -57,7 +57,10 @@ def _serve(listener: socket.socket, url: str, variables: dict[str, str], doom: D
         if die_at:
             doom.left = 0
 
-    config = uvicorn.Config(doomed, log_config=None, access_log=False, ws="none", lifespan="on")
+    # Connections are kept for as long as the simulator may think: a closed one means that the process died.
+    config = uvicorn.Config(
+        doomed, log_config=None, access_log=False, ws="none", lifespan="on", timeout_keep_alive=3600
+    )
     asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
