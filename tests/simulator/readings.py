@@ -10,7 +10,7 @@ from typing import Any
 from tests.meter import reference
 from tests.meter.reference import BEYOND, Reference
 
-HORIZON_US = 80
+HORIZON_US = 40
 """How far the reference looks ahead for what would happen if all chats kept beating."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
