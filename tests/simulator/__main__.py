@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ def main() -> int:
         "--at-once", type=int, default=os.cpu_count() or 1, help="how many at once (default: all cores)"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped
     choice = os.environ.get("TALKTIME_TEST_DATABASE") or "auto"
     image = os.environ.get("TALKTIME_TEST_IMAGE") or "postgres:17"
     seeds = range(options.first, options.first + options.histories)
@@ -50,6 +52,9 @@ def main() -> int:
         except Failure as failure:
             print(failure)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 128 + signal.SIGINT
     print(_told(totals, time.monotonic() - began))
     print("no difference")
     return 0
