@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import random
@@ -119,6 +120,7 @@ def main() -> None:
     doom = Doom()
     event.listen(Engine, "before_cursor_execute", doom.count)
     event.listen(Engine, "commit", doom.count)
+    gc.freeze()  # what is there now stays; those that are forked need not look at it again and again
     started: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)

@@ -31,7 +31,8 @@ CONNECT_SECONDS_MAX = 5
 POOL_WAIT_SECONDS_MAX = 5
 # A lock is waited for less long than a connection of the pool, so that those who wait for one account cannot keep
 # all others from theirs; and a process that was frozen in a transaction does not hold its locks for ever.
-_SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '20s'"
+# Instants come back as text, which the driver reads in this style alone, whatever the server's is.
+_SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '20s'; SET DateStyle = 'ISO'"
 
 APPLICATION_ROLE = "talktime_app"
 """The role with no more privileges than the application needs; a migration makes it, and says which they are."""
