@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -258,6 +259,58 @@ def test_serve_starts_without_its_database_and_says_so(home: Path, tmp_path: Pat
         assert 200 == service.client.get("/livez").status_code
         said(r"(service keys: the database does not answer yet)", service.output, service.process)
         assert 0 == service.end()
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_service_may_open_more_files_than_its_shell_lets_it_and_says_if_that_is_too_few(
+    home: Path, tmp_path: Path
+) -> None:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = {"TALKTIME_DATABASE_URL": NOWHERE, "TALKTIME_SERVICE_KEY": KEY, "TALKTIME_CONNECTIONS_MAX": "500"}
+
+    def limit_of(service: Running) -> tuple[int, int]:
+        return resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE)
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, files[1]))
+        with running(tmp_path / "log", "serve", "--port", "0", "--home", home, **few) as service:
+            assert (files[1], files[1]) == limit_of(service)
+            assert "connections at once" not in service.output.read_text()
+            assert 0 == service.end()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    limited = Path("/bin/sh"), "-c", 'ulimit -n 400; exec "$@"', "sh", TALKTIME
+    done = subprocess.Popen(
+        [*limited, "serve", "--port", "0", "--home", home],
+        env=environment(**few),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.stdout
+    try:
+        lines = iter(done.stdout.readline, "")
+        assert next(line for line in lines if "connections at once" in line).endswith(
+            "this process may open 400 files: it serves 100 connections at once, not 500\n"
+        )
+    finally:
+        done.kill()
+        done.wait()
+        done.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("TALKTIME_USER_REQUESTS_PER_SECOND", "0"), ("TALKTIME_CONNECTIONS_MAX", "many")],
+)
+def test_a_wrong_limit_stops_the_start_with_one_line(home: Path, name: str, text: str) -> None:
+    done = run("serve", "--port", "0", "--home", home, **{name: text})
+    assert (2, "") == (done.returncode, done.stdout)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"talktime: {name}: must be an integer from 1 to 1000000")
+    assert line.endswith(f"not '{text}'")
 
 
 # --- keys, the console and the demo -----------------------------------------------------------------------------------

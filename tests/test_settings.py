@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from talktime.errors import SettingError
-from talktime.settings import TokenSettings, UserMay, kept_secret, load_settings
+from talktime.settings import RequestLimits, TokenSettings, UserMay, kept_secret, load_settings
 
 SECRET = "0123456789abcdef0123456789abcdef"
 HS256 = {"SECRET": SECRET, "ISSUER": "https://login.example"}
@@ -179,3 +179,45 @@ def test_a_kept_secret_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
     assert 43 == len(found.pop())
     assert [path] == list(path.parent.iterdir())
     assert (0o600, 0o700) == (stat.S_IMODE(path.stat().st_mode), stat.S_IMODE(path.parent.stat().st_mode))
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_of_requests_and_connections_hold_without_any_variable() -> None:
+    settings = load_settings({})
+
+    assert RequestLimits(per_user=20, per_service=None, refused=10) == settings.limits
+    assert 10_000 == settings.connections_max
+
+
+@pytest.mark.parametrize(("text", "limit"), [("1", 1), ("1000000", 1_000_000), ("none", None)])
+def test_each_limit_of_requests_can_be_set_or_taken_away(text: str, limit: int | None) -> None:
+    names = ("USER", "SERVICE", "REFUSED")
+    settings = load_settings({f"TALKTIME_{name}_REQUESTS_PER_SECOND": text for name in names})
+
+    assert RequestLimits(per_user=limit, per_service=limit, refused=limit) == settings.limits
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "TALKTIME_USER_REQUESTS_PER_SECOND",
+        "TALKTIME_SERVICE_REQUESTS_PER_SECOND",
+        "TALKTIME_REFUSED_REQUESTS_PER_SECOND",
+        "TALKTIME_CONNECTIONS_MAX",
+    ],
+)
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "1000001", "9" * 5000, "٣", "1_000", "NONE", "off", " 1"])
+def test_a_limit_that_is_none_is_refused_by_its_name(name: str, text: str) -> None:
+    with pytest.raises(SettingError) as refusal:
+        load_settings({name: text})
+
+    assert name == refusal.value.name
+    assert str(refusal.value).startswith(f"{name}: must be an integer from 1 to 1000000")
+    assert "\n" not in str(refusal.value)
+
+
+def test_connections_cannot_be_without_limit() -> None:
+    with pytest.raises(SettingError, match=r"^TALKTIME_CONNECTIONS_MAX: "):
+        load_settings({"TALKTIME_CONNECTIONS_MAX": "none"})

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import uvicorn
 from sqlalchemy.engine import URL
 
 from talktime.api.app import create_app
+from talktime.api.connections import SURPLUS_MAX, Server
 from talktime.api.tokens import local
 from talktime.errors import DatabaseUnavailable, EmbeddedDatabaseError, KeyNameTaken, TalktimeError
 from talktime.keys import active_keys, new_key
+from talktime.logs import make_logs_discreet
 from talktime.operations import Service
 from talktime.process import run_until_signalled
 from talktime.settings import Settings
@@ -27,9 +29,10 @@ from talktime.web import pages
 from talktime.web.demo import Demo, seed
 
 LOOPBACK = "127.0.0.1"
-SHUTDOWN_SECONDS_MAX = 10
 CONNECTIONS_WAITING_MAX = 2048
 REVIVE_EVERY_S = 1
+FILES_BESIDE = SURPLUS_MAX + 200
+"""Files that are open beside the connections served: those refused, the database's, logs, programs that are started."""
 FIRST_KEY = "first"
 
 log = logging.getLogger("talktime")
@@ -102,21 +105,19 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn without its signal handlers, for ours stop the passes as well; and it tells when it listens."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listens = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self.listens.set()
+def _room_for(connections: int) -> int:
+    """Let this process open as many files as it may, and return how many of these connections it can hold."""
+    files_max = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # Systems set a low limit for programs of old that count on it, and a high one for those that do not; some that say
+    # there is none do not take that.
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY or connections + FILES_BESIDE <= files:
+        return connections
+    room = max(1, files - FILES_BESIDE)
+    log.warning("this process may open %d files: it serves %d connections at once, not %d", files, room, connections)
+    return room
 
 
 async def _run(plan: _Plan, stop: asyncio.Event) -> None:
@@ -131,16 +132,8 @@ async def _run(plan: _Plan, stop: asyncio.Event) -> None:
             raise
     app = create_app(settings, lambda: database, pages=pages(plan.demo))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws="none",
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
-        )
-    )
+    make_logs_discreet()
+    server = Server(app, connections_max=_room_for(settings.connections_max))
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[plan.listener]))
         stopping = tasks.create_task(stop.wait())

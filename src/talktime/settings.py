@@ -24,6 +24,8 @@ from talktime.meter.units import MAX_RATE, format_credits, parse_credits, parse_
 
 SECRET_BYTES_MIN = 32
 LEEWAY_SECONDS_MAX = 30
+PER_SECOND_MAX = 1_000_000
+CONNECTIONS_MAX = 1_000_000
 ALGORITHMS = ("HS256", "RS256", "ES256")
 
 _TOKEN_SETTINGS = ("ALGORITHM", "ISSUER", "AUDIENCE", "LEEWAY_SECONDS")
@@ -54,11 +56,25 @@ class TokenSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """How many requests a second one process takes; None is no limit.
+
+    `per_user` is each user's, or advisor's; `per_service` each service key's; `refused` how many without a credential
+    in force it answers to one client address in full.
+    """
+
+    per_user: int | None
+    per_service: int | None
+    refused: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that can be set. Durations are in microseconds.
 
     `database_url` is None where the embedded PostgreSQL of `home` is to be used; `service_key` where the environment
-    has none; `tokens` where none are to be taken. Pages of `cors_origins` may read answers.
+    has none; `tokens` where none are to be taken. Pages of `cors_origins` may read answers. `connections_max` is how
+    many connections of clients one process serves at once.
     """
 
     database_url: URL | None
@@ -71,6 +87,8 @@ class Settings:
     tokens: TokenSettings | None
     user_may: UserMay
     cors_origins: tuple[str, ...]
+    limits: RequestLimits
+    connections_max: int
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -99,6 +117,12 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         tokens=_tokens(environment),
         user_may=_user_may(environment),
         cors_origins=_cors_origins(environment),
+        limits=RequestLimits(
+            per_user=_per_second(environment, "USER", "20"),
+            per_service=_per_second(environment, "SERVICE", "none"),
+            refused=_per_second(environment, "REFUSED", "10"),
+        ),
+        connections_max=_whole(environment, "TALKTIME_CONNECTIONS_MAX", "10000", CONNECTIONS_MAX),
     )
 
 
@@ -150,6 +174,21 @@ def _seconds(environment: Mapping[str, str], name: str, default: str, *, zero: b
     if us < 0 or (us == 0 and not zero):
         raise SettingError(name, f"must be {'0 or more' if zero else 'more than 0'}, not {text!r}")
     return us
+
+
+def _per_second(environment: Mapping[str, str], who: str, default: str) -> int | None:
+    name = f"TALKTIME_{who}_REQUESTS_PER_SECOND"
+    if (environment.get(name) or default) == "none":
+        return None
+    return _whole(environment, name, default, PER_SECOND_MAX, also=", or none")
+
+
+def _whole(environment: Mapping[str, str], name: str, default: str, highest: int, *, also: str = "") -> int:
+    text = environment.get(name) or default
+    # Digits are counted first: int() takes long texts for an attack.
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(highest)) and 1 <= int(text) <= highest):
+        raise SettingError(name, f"must be an integer from 1 to {highest}{also}, not {text!r}")
+    return int(text)
 
 
 def _rate(environment: Mapping[str, str]) -> int:

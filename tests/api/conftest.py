@@ -11,13 +11,13 @@ from litestar.testing import TestClient
 from talktime.api.app import create_app
 from talktime.settings import load_settings
 from talktime.store.database import Database
-from tests.api.requests import KEY
+from tests.api.requests import KEY, UNLIMITED
 
 CLOSED_PORT = "postgresql+psycopg://nobody:nothing@127.0.0.1:1/nowhere"
 
 
 def make_app() -> Litestar:
-    return create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY}), lambda: Database(CLOSED_PORT))
+    return create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY, **UNLIMITED}), lambda: Database(CLOSED_PORT))
 
 
 @pytest.fixture(scope="package")

@@ -12,6 +12,9 @@ Json: TypeAlias = Any
 KEY = "a-service-key-for-tests"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 
+# Many tests ask more, and worse, than one caller may; test_limits.py is about that.
+UNLIMITED = {f"TALKTIME_{who}_REQUESTS_PER_SECOND": "none" for who in ("USER", "REFUSED")}
+
 CARD = {"credits_per_minute": "1.5", "free_seconds": 180}
 CREDIT = {"kind": "purchase", "amount": "25"}
 START = {"advisor_id": "a1"}

@@ -5,37 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-import uvicorn
 from httpx import AsyncClient, Response
 from sqlalchemy.engine import URL
 
 from talktime.api.app import create_app
+from talktime.api.connections import Server
 from talktime.settings import load_settings
 from talktime.store.database import Database
-from tests.api.requests import AUTH, KEY, Json
+from tests.api.requests import AUTH, KEY, UNLIMITED, Json
 
 ANSWER_SECONDS_MAX = 30
-
-
-class _Server(uvicorn.Server):
-    """Uvicorn that leaves the signals of the test run alone."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.asynccontextmanager
 async def serving(url: URL, *, pages: Sequence[Any] = (), **variables: str) -> AsyncIterator[AsyncClient]:
     """Serve the application over a database and yield a client with the service key.
 
-    The settings are those of an environment that holds the service key, these variables and nothing else.
+    The settings are those of an environment that holds the service key, no limits of requests, these variables and
+    nothing else.
     """
-    app = create_app(load_settings({"TALKTIME_SERVICE_KEY": KEY, **variables}), lambda: Database(url), pages=pages)
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False))
+    settings = load_settings({"TALKTIME_SERVICE_KEY": KEY, **UNLIMITED, **variables})
+    app = create_app(settings, lambda: Database(url), pages=pages)
+    server = Server(app, connections_max=settings.connections_max)
     # With the protocol named, as the command does: asyncio turns off Nagle's algorithm only then.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -43,8 +37,7 @@ async def serving(url: URL, *, pages: Sequence[Any] = (), **variables: str) -> A
     origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
-            await asyncio.sleep(0.001)
+        await server.listens.wait()
         async with AsyncClient(base_url=origin, headers=AUTH, timeout=ANSWER_SECONDS_MAX, trust_env=False) as client:
             yield client
     finally:

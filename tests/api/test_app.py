@@ -129,6 +129,16 @@ def test_wrong_methods_are_told_the_right_ones(
     assert method in response.headers["allow"].split(", ")
 
 
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [("/v1/advisors/a1", "GET, OPTIONS, PUT"), (f"{CHAT}/start", "OPTIONS, POST"), (CHAT, "GET, OPTIONS")],
+)
+def test_who_asks_for_the_methods_of_a_path_is_told_all(client: TestClient[Litestar], path: str, methods: str) -> None:
+    response = client.request("OPTIONS", path, headers=AUTH)
+
+    assert (204, b"", methods) == (response.status_code, response.content, response.headers["allow"])
+
+
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/schema"])
 def test_pages_are_only_read(client: TestClient[Litestar], path: str) -> None:
     response = client.post(path)

@@ -9,8 +9,9 @@ from sqlalchemy.engine import URL
 
 from talktime.api.auth import Gate
 from talktime.api.keyring import KeyRing
+from talktime.api.limits import Limits
 from talktime.keys import active_keys, digest_of, new_key, revoke_key
-from talktime.settings import UserMay
+from talktime.settings import RequestLimits, UserMay
 from talktime.store.database import Database
 from tests.api.requests import AUTH, KEY, ROUTES, Json, as_sent, problem_of
 
@@ -68,7 +69,12 @@ async def test_the_gate_finds_service_keys_and_their_names(database_url: URL) ->
     try:
         key, revoked = [await new_key(database, name) for name in ("key", "revoked")]
         await revoke_key(database, "revoked")
-        gate = Gate(KeyRing(KEY, lambda: active_keys(database)), None, UserMay.BEAT)
+        gate = Gate(
+            KeyRing(KEY, lambda: active_keys(database)),
+            None,
+            UserMay.BEAT,
+            Limits(RequestLimits(per_user=None, per_service=None, refused=None)),
+        )
         given = [KEY, key, revoked, "", "other", f"{key}x", "a.b.c", "\u043a", "\ud800", "tt_\ud800"]
         found = [await gate.find_key(text) for text in given]
         names = [await gate.key_name(digest_of(text)) for text in (KEY, key, revoked, "other")]

@@ -310,6 +310,22 @@ def test_a_body_without_a_type_is_refused(client: TestClient[Litestar]) -> None:
     problem_of(response, 415, "unsupported-media-type")
 
 
+@pytest.mark.parametrize("charset", ["iso-8859-1", "utf-16", '"latin-1"', "UTF-7", "ascii"])
+def test_json_is_in_utf_8_and_no_other_encoding(client: TestClient[Litestar], charset: str) -> None:
+    headers = {**AUTH, "Content-Type": f"application/json; x=y; charset={charset}"}
+    response = client.put("/v1/advisors/a1", headers=headers, content=json.dumps(CARD))
+
+    assert "UTF-8" in problem_of(response, 415, "unsupported-media-type")["detail"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"utf-8"'])
+def test_json_may_say_that_it_is_in_utf_8(client: TestClient[Litestar], charset: str) -> None:
+    headers = {**AUTH, "Content-Type": f"application/json;charset={charset}"}
+    response = client.put("/v1/advisors/a1", headers=headers, content=json.dumps(CARD))
+
+    problem_of(response, 503, "unavailable")
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON", "application/json; charset=utf-8"])
 def test_json_may_be_written_in_any_case(client: TestClient[Litestar], content_type: str) -> None:
     headers = {**AUTH, "Content-Type": content_type}

@@ -52,7 +52,9 @@ def test_every_operation_is_explained_guarded_and_has_its_problems(document: Jso
             continue
         assert operation["security"] == [{"bearer": []}]
         answers = operation["responses"]
-        expected = {"400", "401", "403", "503"} | ({"413", "415"} if "requestBody" in operation else set())
+        expected = {"400", "401", "403", "429", "503"} | (
+            {"408", "413", "415"} if "requestBody" in operation else set()
+        )
         assert expected <= set(answers), (method, path)
         for status, answer in answers.items():
             assert list(answer["content"]) == [PROBLEM if int(status) >= 400 else "application/json"]
@@ -68,13 +70,13 @@ def test_operations_have_distinct_ids(document: Json) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "statuses"),
     [
-        ("put", "/v1/advisors/{advisor_id}", "200 400 401 403 413 415 503"),
-        ("get", "/v1/advisors/{advisor_id}", "200 400 401 403 503"),
-        ("post", "/v1/users/{user_id}/credits", "201 400 401 403 409 413 415 422 503"),
-        ("get", "/v1/users/{user_id}/account", "200 400 401 403 404 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/start", "200 400 401 403 404 409 413 415 422 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/heartbeat", "200 400 401 403 404 409 413 503"),
-        ("post", "/v1/users/{user_id}/chats/{chat_id}/stop", "200 400 401 403 404 413 503"),
+        ("put", "/v1/advisors/{advisor_id}", "200 400 401 403 408 413 415 429 503"),
+        ("get", "/v1/advisors/{advisor_id}", "200 400 401 403 429 503"),
+        ("post", "/v1/users/{user_id}/credits", "201 400 401 403 408 409 413 415 422 429 503"),
+        ("get", "/v1/users/{user_id}/account", "200 400 401 403 404 429 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/start", "200 400 401 403 404 408 409 413 415 422 429 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/heartbeat", "200 400 401 403 404 408 409 413 429 503"),
+        ("post", "/v1/users/{user_id}/chats/{chat_id}/stop", "200 400 401 403 404 408 413 429 503"),
         ("get", "/readyz", "200 503"),
     ],
 )

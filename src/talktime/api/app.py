@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -16,7 +17,9 @@ from talktime import operations
 from talktime.api.auth import Gate
 from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
 from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
+from talktime.api.headers import complete_answer
 from talktime.api.keyring import KeyRing
+from talktime.api.limits import Limits
 from talktime.api.metrics import Meters, MetricsConfig
 from talktime.api.params import IDEMPOTENCY_KEY, check_path
 from talktime.api.problems import (
@@ -66,6 +69,7 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
         KeyRing(settings.service_key, load_keys),
         None if settings.tokens is None else Tokens(settings.tokens),
         settings.user_may,
+        Limits(settings.limits),
     )
     metrics = MetricsConfig()
 
@@ -83,6 +87,7 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
         lifespan=[lifespan],
         state=State({"gate": gate, "heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
         middleware=[metrics.middleware],
+        before_send=[complete_answer],
         request_class=ApiRequest,
         request_max_body_size=BODY_BYTES_MAX,
         exception_handlers={
@@ -140,7 +145,12 @@ async def livez() -> Health:
 )
 async def readyz(request: ApiRequest) -> Health:
     """Tell whether requests can be served."""
-    await operations.ready(cast("Service", request.app.state["service"]))
+    # Anybody may ask, as often as he likes; the database is asked once at a time.
+    state = request.app.state
+    asking: asyncio.Task[None] | None = state.get("asking")
+    if asking is None or asking.done():
+        asking = state["asking"] = asyncio.create_task(operations.ready(cast("Service", state["service"])))
+    await asyncio.shield(asking)
     return Health("ready")
 
 

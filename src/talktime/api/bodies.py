@@ -6,6 +6,7 @@ there. Where that fails, the body is gone through again, member by member, to sa
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from decimal import Decimal, InvalidOperation
@@ -20,7 +21,7 @@ from litestar.openapi.spec import OpenAPIType, Schema
 from msgspec import Struct
 
 from talktime.api.params import ID_RULE, ID_SCHEMA, is_id
-from talktime.api.problems import UNSUPPORTED_MEDIA_TYPE, Fault, Refusal, refuse_input
+from talktime.api.problems import FRAMEWORK, Fault, Refusal, refuse_input
 from talktime.meter.state import CreditKind, RateCard, Tariff
 from talktime.meter.units import (
     MAX_AMOUNT,
@@ -36,6 +37,8 @@ from talktime.meter.units import (
 T = TypeVar("T", bound=Struct)
 
 BODY_BYTES_MAX = 1024 * 1024
+BODY_SECONDS_MAX = 10
+"""How long a client may take to send its body, once its headers are there."""
 MEMO_LENGTH_MAX = 500
 
 _NO_STRING = "must be a string"
@@ -45,6 +48,11 @@ _TOO_FINE = re.compile(r"-?\d+\.\d{7,}", re.ASCII)
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # More digits than this would be rounded in arithmetic, and a value too fine would pass for a whole one.
 _DIGITS_MAX = 28
+
+
+def _seconds_schema(us_max: int, example: int) -> Schema:
+    # Nothing is computed with this float: it is a word of the document.
+    return Schema(type=OpenAPIType.NUMBER, minimum=0, maximum=us_max // MICRO, multiple_of=0.000001, examples=[example])
 
 
 # --- the values in bodies ---------------------------------------------------------------------------------------------
@@ -124,7 +132,7 @@ class FreeTime(int):
     """Microseconds of free time, from a number of seconds."""
 
     __slots__ = ()
-    schema: ClassVar = Schema(type=OpenAPIType.NUMBER, minimum=0, maximum=MAX_FREE_US // MICRO, examples=[180])
+    schema: ClassVar = _seconds_schema(MAX_FREE_US, 180)
 
     @classmethod
     def parse(cls, value: object) -> FreeTime:
@@ -136,7 +144,7 @@ class Block(int):
     """Microseconds of a first block or an increment, from a number of seconds."""
 
     __slots__ = ()
-    schema: ClassVar = Schema(type=OpenAPIType.NUMBER, minimum=0, maximum=MAX_BLOCK_US // MICRO, examples=[60])
+    schema: ClassVar = _seconds_schema(MAX_BLOCK_US, 60)
 
     @classmethod
     def parse(cls, value: object) -> Block:
@@ -209,9 +217,17 @@ class ApiRequest(Request[Any, Any, Any]):
     """A request whose JSON is decoded into the struct that its handler takes."""
 
     async def body(self) -> bytes:
-        """Return the whole body."""
+        """Return the whole body.
+
+        Raises:
+            Refusal: it did not come in time.
+        """
         try:
-            return await super().body()
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                return await super().body()
+        except TimeoutError:
+            # What is still to come is not read: the connection ends with the answer.
+            raise Refusal(*FRAMEWORK[408], headers={"Connection": "close"}) from None
         except InternalServerException:
             # Litestar blames the server for a client that went away in the middle of its body.
             raise ClientException(detail="the body ended early") from None
@@ -222,8 +238,9 @@ class ApiRequest(Request[Any, Any, Any]):
         Raises:
             Refusal: it is not JSON, or not such a struct; all that is wrong with it, and where.
         """
-        if self.content_type[0].lower() != "application/json":
-            raise Refusal(UNSUPPORTED_MEDIA_TYPE, "the body must be application/json")
+        media_type, parameters = self.content_type
+        if media_type != "application/json" or parameters.get("charset", "utf-8").lower() != "utf-8":
+            raise Refusal(*FRAMEWORK[415])
         return decode_body(self.route_handler.opt["body"], await self.body())
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from litestar import Request, Response, Router, get
+from litestar import MediaType, Request, Response, Router, get
 from litestar.datastructures import CacheControlHeader
 from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig, ResponseSpec
@@ -24,6 +24,7 @@ from litestar.typing import FieldDefinition
 
 from talktime.api.auth import SECURITY_SCHEME
 from talktime.api.bodies import BODIES, VALUES
+from talktime.api.headers import PAGE_HEADERS
 from talktime.api.problems import DOMAIN, FRAMEWORK, PROBLEM_JSON, Kind, ProblemBody, type_of
 from talktime.errors import TalktimeError
 
@@ -42,8 +43,8 @@ Exact metering for chats that are paid by the minute.
   the chats that there are) is a setting. Advisors, with a `role` of `advisor` and their id as `sub`, may read the chats
   with them. All else is a 403, which never tells whether a thing exists.
 - Errors are problem documents (RFC 9457) whose `type` and `code` never change; `errors` says what was wrong and where.
-- After a 503, or where no answer came, repeat the request: start, heartbeat, pause, stop and a credit with its
-  Idempotency-Key can be repeated safely.
+- After a 429 or a 503 (in as many seconds as `Retry-After` says), or where no answer came, repeat the request: start,
+  heartbeat, pause, stop and a credit with its Idempotency-Key can be repeated safely.
 """
 
 _MEANINGS = {
@@ -51,10 +52,12 @@ _MEANINGS = {
     401: "No credential, or one that is not valid.",
     403: "This caller may not do this, whether or not it exists.",
     404: "It does not exist.",
+    408: "The body did not come in time.",
     409: "The state of things refuses the request.",
     413: "The body is larger than 1 MiB.",
-    415: "The body is not `application/json`.",
+    415: "The body is not `application/json`, or not in UTF-8.",
     422: "The Idempotency-Key was used before, with another request.",
+    429: "Too many requests of this caller, or too many without a good credential from its address; see `Retry-After`.",
     503: "The database does not answer, and the outcome may be unknown: repeat the request after `Retry-After`.",
 }
 
@@ -195,7 +198,8 @@ def _finish(response: Response[Any]) -> Response[Any]:
     # Litestar answers unknown paths below /schema with a page of its own.
     if response.status_code == NotFoundException.status_code:
         raise NotFoundException
-    response.headers.setdefault("Content-Security-Policy", _POLICY)
+    if response.media_type == MediaType.HTML:
+        response.headers.update({**PAGE_HEADERS, "Content-Security-Policy": _POLICY})
     return response
 
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 from msgspec import UNSET, Struct, UnsetType
 
 from talktime import errors
+from talktime.api.headers import complete
 from talktime.api.schemas import JsonResponse, ReadingBody, reading_body
 from talktime.meter.reading import Reading
 
@@ -34,8 +36,10 @@ UNAUTHORIZED = Kind(401, "unauthorized", "Authentication is required")
 FORBIDDEN = Kind(403, "forbidden", "This is not allowed")
 NOT_FOUND = Kind(404, "not-found", "There is no such path")
 METHOD_NOT_ALLOWED = Kind(405, "method-not-allowed", "This path does not take this method")
+TIMEOUT = Kind(408, "request-timeout", "The request came too slowly")
 TOO_LARGE = Kind(413, "content-too-large", "The body is too large")
 UNSUPPORTED_MEDIA_TYPE = Kind(415, "unsupported-media-type", "The body is not of a type that is taken here")
+TOO_MANY_REQUESTS = Kind(429, "too-many-requests", "Too many requests")
 UNAVAILABLE = Kind(503, "unavailable", "The database does not answer")
 INTERNAL = Kind(500, "internal-error", "Something went wrong on our side")
 
@@ -62,10 +66,12 @@ FRAMEWORK: Mapping[int, tuple[Kind, str]] = {
     403: (FORBIDDEN, FORBIDDEN_DETAIL),
     404: (NOT_FOUND, "no such path"),
     405: (METHOD_NOT_ALLOWED, "this path does not take this method; see Allow"),
+    408: (TIMEOUT, "the body did not come in time"),
     413: (TOO_LARGE, "the body is larger than is taken here"),
-    415: (UNSUPPORTED_MEDIA_TYPE, "the body must be application/json"),
+    415: (UNSUPPORTED_MEDIA_TYPE, "the body must be application/json, in UTF-8"),
+    429: (TOO_MANY_REQUESTS, "more requests than this caller is allowed; see Retry-After"),
 }
-"""What Litestar refuses, by status: the kind, and what is said of it."""
+"""What Litestar refuses, or what goes before it, by status: the kind, and what is said of it."""
 
 
 class Fault(Struct, frozen=True, omit_defaults=True):
@@ -117,6 +123,11 @@ def refuse_caller() -> Refusal:
     return Refusal(FORBIDDEN, FORBIDDEN_DETAIL)
 
 
+def refuse_flood() -> Refusal:
+    """Return the refusal of a request that is one too many."""
+    return Refusal(*FRAMEWORK[429])
+
+
 def _place_of(fault: Fault) -> str:
     place = fault.pointer or fault.parameter or fault.header
     return f"{place}: " if place else ""
@@ -136,21 +147,42 @@ def problem(
     headers: Mapping[str, str] | None = None,
 ) -> Response[Any]:
     """Return the response that tells of a problem."""
-    also = {"Cache-Control": "no-store"}
-    if kind is UNAUTHORIZED:
-        also["WWW-Authenticate"] = _CHALLENGE
-    if kind is UNAVAILABLE:
-        also["Retry-After"] = "1"
-    body = ProblemBody(
-        type=type_of(kind),
-        title=kind.title,
-        status=kind.status,
-        code=kind.code,
-        detail=detail,
-        errors=list(faults) or UNSET,
-        reading=UNSET if reading is None else reading,
+    body = _document(kind, detail, errors=list(faults) or UNSET, reading=UNSET if reading is None else reading)
+    return JsonResponse(
+        body, status_code=kind.status, headers={**_headers_of(kind), **(headers or {})}, media_type=PROBLEM_JSON
     )
-    return JsonResponse(body, status_code=kind.status, headers={**also, **(headers or {})}, media_type=PROBLEM_JSON)
+
+
+@dataclass(frozen=True, slots=True)
+class RawProblem:
+    """A problem as it is sent where the framework has no part in it."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def raw_problem(kind: Kind, detail: str, headers: Mapping[str, str] | None = None) -> RawProblem:
+    """Return what tells of a problem where the framework has no part in it."""
+    body = msgspec.json.encode(_document(kind, detail))
+    also = {"Content-Type": PROBLEM_JSON, "Content-Length": str(len(body)), **_headers_of(kind), **(headers or {})}
+    sent = [(name.lower().encode(), value.encode()) for name, value in also.items()]
+    return RawProblem(kind.status, [*sent, *complete(sent)], body)
+
+
+def _document(kind: Kind, detail: str, **members: Any) -> ProblemBody:  # noqa: ANN401 - those of the struct
+    return ProblemBody(
+        type=type_of(kind), title=kind.title, status=kind.status, code=kind.code, detail=detail, **members
+    )
+
+
+def _headers_of(kind: Kind) -> dict[str, str]:
+    headers = {"Cache-Control": "no-store"}
+    if kind is UNAUTHORIZED:
+        headers["WWW-Authenticate"] = _CHALLENGE
+    if kind in (TOO_MANY_REQUESTS, UNAVAILABLE):
+        headers["Retry-After"] = "1"
+    return headers
 
 
 def answer_refusal(_: Request[Any, Any, Any], error: Refusal) -> Response[Any]:

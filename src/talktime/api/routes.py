@@ -6,9 +6,10 @@ may call it, its `opt` says (`talktime.api.callers`). What is raised on the way 
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
-from litestar import Request, Router, get, post, put
+from litestar import Request, Response, Router, get, post, put
 from litestar.datastructures import CacheControlHeader
 from litestar.params import JSONBody
 
@@ -86,7 +87,7 @@ def _shown(request: ApiRequest, reading: Reading) -> ReadingBody:
     description="It holds for segments that are opened from now on, and its free time for users who have not started a "
     "chat with this advisor yet. A clock that runs keeps its tariff.",
     tags=["advisors"],
-    responses=problems(400, 401, 403, 413, 415, DatabaseUnavailable),
+    responses=problems(400, 401, 403, 408, 413, 415, 429, DatabaseUnavailable),
     opt={"body": AdvisorBody},
 )
 async def put_advisor(request: ApiRequest, advisor_id: AdvisorId, data: JSONBody[AdvisorBody]) -> AdvisorAnswer:
@@ -102,7 +103,7 @@ async def put_advisor(request: ApiRequest, advisor_id: AdvisorId, data: JSONBody
     summary="Read an advisor's rate card",
     description="The card in force: the advisor's own, or the default one.",
     tags=["advisors"],
-    responses=problems(400, 401, 403, DatabaseUnavailable),
+    responses=problems(400, 401, 403, 429, DatabaseUnavailable),
 )
 async def get_advisor(request: ApiRequest, advisor_id: AdvisorId) -> AdvisorAnswer:
     """Return the card in force for an advisor."""
@@ -121,7 +122,17 @@ async def get_advisor(request: ApiRequest, advisor_id: AdvisorId) -> AdvisorAnsw
     "reaches. An account is made if the user has none. A repeated request gets the answer of the first.",
     tags=["accounts"],
     responses=problems(
-        400, 401, 403, InsufficientBalance, BalanceLimitExceeded, 413, 415, IdempotencyKeyReused, DatabaseUnavailable
+        400,
+        401,
+        403,
+        InsufficientBalance,
+        BalanceLimitExceeded,
+        408,
+        413,
+        415,
+        IdempotencyKeyReused,
+        429,
+        DatabaseUnavailable,
     ),
     opt={"body": CreditBody, "key": "required"},
 )
@@ -147,7 +158,7 @@ async def post_credit(
     description="The balance now, what the open segments have cost so far, the running chats, and when the credits "
     "run out if these go on.",
     tags=["accounts"],
-    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, UserNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ},
 )
 async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
@@ -162,7 +173,7 @@ async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
     summary="List a user's ledger",
     description="Newest first: what came in or was taken, and one charge for each closed segment that cost something.",
     tags=["accounts"],
-    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, UserNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ, "query": _PAGED},
 )
 async def get_ledger(request: ApiRequest, user_id: UserId, limit: Limit = None, cursor: Cursor = None) -> LedgerPage:
@@ -185,7 +196,9 @@ async def get_ledger(request: ApiRequest, user_id: UserId, limit: Limit = None, 
     "the exclusivity scope stop at the same instant. The reading says whether the clock runs (`accruing`): without "
     "credits or free time it does not.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, WrongAdvisor, 413, 415, IdempotencyKeyReused, DatabaseUnavailable),
+    responses=problems(
+        400, 401, 403, ChatNotFound, WrongAdvisor, 408, 413, 415, IdempotencyKeyReused, 429, DatabaseUnavailable
+    ),
     opt={"user": UserMay.CONTROL, "body": StartBody, "key": "optional"},
 )
 async def start(
@@ -216,7 +229,7 @@ async def start(
     description="Renews the lease of a running clock and resumes a lapsed one. A paused or exhausted chat stays so. "
     "An abandoned or ended chat answers 409 with its reading: start it again.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, ChatNotActive, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, ChatNotActive, 408, 413, 429, DatabaseUnavailable),
     opt={"user": UserMay.BEAT},
 )
 async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
@@ -231,7 +244,7 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
     summary="Pause a chat",
     description="Stops a running clock. A chat that does not run stays as it is.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 408, 413, 429, DatabaseUnavailable),
     opt={"user": UserMay.CONTROL},
 )
 async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
@@ -246,7 +259,7 @@ async def pause(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Readin
     summary="End a chat",
     description="The first stop wins; later ones change nothing. A start opens the chat again.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, 413, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 408, 413, 429, DatabaseUnavailable),
     opt={"user": UserMay.CONTROL},
 )
 async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
@@ -261,7 +274,7 @@ async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Reading
     description="Changes nothing and locks nothing: poll it as often as you like. An advisor may read the chats with "
     "this advisor, without `balance`, `exhausts_at` and `materialized_through`.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ, "advisor": True},
 )
 async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
@@ -281,7 +294,7 @@ async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Rea
     summary="List a user's chats",
     description="Their readings, the chat started last first.",
     tags=["chats"],
-    responses=problems(400, 401, 403, UserNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, UserNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ, "query": ("state", *_PAGED)},
 )
 async def get_chats(
@@ -306,7 +319,7 @@ async def get_chats(
     description="The receipt: each stretch in which the clock ran, why it stopped, its free and paid time, and its "
     "cost. Oldest first.",
     tags=["chats"],
-    responses=problems(400, 401, 403, UserNotFound, ChatNotFound, DatabaseUnavailable),
+    responses=problems(400, 401, 403, UserNotFound, ChatNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ, "query": _PAGED},
 )
 async def get_segments(
@@ -339,14 +352,23 @@ HANDLERS: list[Any] = [
 
 def v1_router(gate: Gate) -> Router:
     """Return the routes under /v1 behind their gate."""
+    methods: dict[str, set[str]] = {}
+    for handler in HANDLERS:
+        for path in handler.paths:
+            methods.setdefault(re.sub(r":\w+}", "}", f"/v1{path}"), {"OPTIONS"}).update(handler.http_methods)
+    allowed = {path: ", ".join(sorted(found)) for path, found in methods.items()}
 
     # Not a guard: Litestar copies the whole handler for each guard, a sixth of the time that a reading takes here. A
     # handler with a `before_request` of its own would go past the gate; a test asks each route for its 401.
-    async def enter(request: Request[Any, Any, Any]) -> None:
+    async def enter(request: Request[Any, Any, Any]) -> Response[None] | None:
         await gate.admit(request)
         check_request(request)
+        if request.method == "OPTIONS":
+            # Litestar's own answer forgets all methods of a path but those of its first handler.
+            return Response(None, status_code=204, headers={"Allow": allowed[request.scope["path_template"]]})
         if request.method == "POST" and "body" not in request.route_handler.opt:
             await check_no_body(request)
+        return None
 
     return Router(
         path="/v1",

@@ -40,6 +40,15 @@ def wall_clock() -> float:
     return time.time()  # noqa: TID251 - tokens are made elsewhere, by clocks of the same time, not by the database
 
 
+class ExpiredToken(Refusal):
+    """The refusal of a token that was good until its time was over."""
+
+    def __init__(self, caller: UserCaller | AdvisorCaller) -> None:
+        refusal = refuse_credential(_TOO_LATE)
+        super().__init__(refusal.kind, refusal.detail, headers=refusal.headers)
+        self.caller = caller
+
+
 class Tokens:
     """Verifies tokens, and remembers those that were valid until they expire or the keys change."""
 
@@ -92,7 +101,7 @@ class Tokens:
         caller, ends_at = remembered
         if self._now() >= ends_at:
             del self._remembered[digest]
-            raise _expired()
+            raise ExpiredToken(caller)
         self._remembered.move_to_end(digest)
         return caller
 
@@ -115,13 +124,12 @@ class Tokens:
         subject = claims["sub"]
         if not is_id(subject):
             raise refuse_credential(_INVALID)
-        ends_at = self._check_times(claims)
         role = claims.get("role", USER)
-        if role == USER:
-            return UserCaller(subject), ends_at
-        if role == ADVISOR:
-            return AdvisorCaller(subject), ends_at
-        raise refuse_caller()
+        caller = AdvisorCaller(subject) if role == ADVISOR else UserCaller(subject)
+        ends_at = self._check_times(claims, caller)
+        if role not in (USER, ADVISOR):
+            raise refuse_caller()
+        return caller, ends_at
 
     def _key_for(self, header: Mapping[str, Any]) -> bytes | jwt.PyJWK:
         kind = header.get("typ", "JWT")
@@ -135,7 +143,7 @@ class Tokens:
             raise refuse_credential(_INVALID)
         return key
 
-    def _check_times(self, claims: Mapping[str, Any]) -> float:
+    def _check_times(self, claims: Mapping[str, Any], caller: UserCaller | AdvisorCaller) -> float:
         """Check when a token is valid, and return when it ends to be."""
         now, leeway_s = self._now(), self._settings.leeway_s
         times = [claims[name] for name in ("exp", "nbf", "iat") if name in claims]
@@ -143,7 +151,7 @@ class Tokens:
             raise refuse_credential(_INVALID)
         ends_at: float = claims["exp"] + leeway_s
         if now >= ends_at:
-            raise _expired()
+            raise ExpiredToken(caller)
         if any(claims.get(name, now) > now + leeway_s for name in ("nbf", "iat")):
             raise refuse_credential(_TOO_EARLY)
         return ends_at
@@ -154,10 +162,6 @@ def _is_time(value: object) -> bool:
     return (isinstance(value, int) and not isinstance(value, bool)) or (
         isinstance(value, float) and math.isfinite(value)
     )
-
-
-def _expired() -> Refusal:
-    return refuse_credential(_TOO_LATE)
 
 
 # --- for development --------------------------------------------------------------------------------------------------

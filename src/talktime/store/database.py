@@ -128,7 +128,10 @@ class Database:
             except DBAPIError as error:
                 again = _is_conflict(error) or (error.connection_invalidated and not committing)
                 if not again or attempt == ATTEMPTS:
-                    raise _translated(error) from error
+                    translated = _translated(error)
+                    if translated is error:
+                        raise
+                    raise translated from error
             except (TimeoutError, PoolTimeoutError, OSError) as error:
                 message = "the database did not answer in time"
                 raise DatabaseUnavailable(message) from error

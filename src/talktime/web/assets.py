@@ -18,6 +18,8 @@ from litestar import Request, Response, Router, get
 from litestar.exceptions import NotFoundException
 from litestar.params import FromPath
 
+from talktime.api import headers
+
 FOLDER = Path(__file__).parent
 
 CONTENT_SECURITY_POLICY = (
@@ -27,20 +29,16 @@ CONTENT_SECURITY_POLICY = (
 """What a page of ours may do: nothing inline, and nothing from elsewhere."""
 
 PAGE_HEADERS: Mapping[str, str] = MappingProxyType(
-    {
-        "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "Referrer-Policy": "same-origin",
-        "X-Content-Type-Options": "nosniff",
-        "Cache-Control": "no-store",
-    }
+    {**headers.PAGE_HEADERS, "Content-Security-Policy": CONTENT_SECURITY_POLICY}
 )
-"""What goes with every HTML page."""
+"""What goes with every HTML page of ours."""
 
 _TYPES = {
     ".js": "text/javascript",
     ".css": "text/css",
     ".svg": "image/svg+xml",
 }
+_FOR_ALL = {"Access-Control-Allow-Origin": "*", "Cross-Origin-Resource-Policy": "cross-origin"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*(?:\.[a-z0-9_-]+)*\.(?:js|css|svg)")
 
 
@@ -76,16 +74,16 @@ def assets_router() -> Router:
     @get("/client/{name:str}", include_in_schema=False)
     async def client_file(request: Request[Any, Any, Any], name: FromPath[str]) -> Response[bytes]:
         """Send a file of the JavaScript client. It is public, and pages of other origins import it."""
-        return _send(request, client.get(name), {"Access-Control-Allow-Origin": "*"})
+        return _send(request, client.get(name), _FOR_ALL)
 
     return Router("/", route_handlers=[asset, client_file])
 
 
-def _send(request: Request[Any, Any, Any], asset: Asset | None, headers: dict[str, str]) -> Response[bytes]:
+def _send(request: Request[Any, Any, Any], asset: Asset | None, also: Mapping[str, str]) -> Response[bytes]:
     if asset is None:
         raise NotFoundException
-    headers |= {"ETag": asset.etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+    sent = {**also, "ETag": asset.etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")}
     if known & {asset.etag, "*"}:
-        return Response(b"", status_code=304, headers=headers, media_type=asset.content_type)
-    return Response(asset.content, headers=headers, media_type=asset.content_type)
+        return Response(b"", status_code=304, headers=sent, media_type=asset.content_type)
+    return Response(asset.content, headers=sent, media_type=asset.content_type)

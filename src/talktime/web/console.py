@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from litestar import Request, Response, Router, get, post
 from litestar.exceptions import HTTPException, NotFoundException
@@ -19,6 +19,7 @@ from talktime.api.problems import Refusal
 from talktime.web import views
 from talktime.web.rendering import redirect, render
 from talktime.web.sessions import (
+    COOKIE,
     HOME,
     SIGN_IN,
     Session,
@@ -33,19 +34,26 @@ from talktime.web.sessions import (
     sign_in_url,
 )
 
+if TYPE_CHECKING:
+    from talktime.api.auth import Gate
+    from talktime.api.limits import Limits
+
 logger = logging.getLogger(__name__)
 
 _SENTENCES = {
     400: ("This is not understood", "The link or the form is not one of this console's."),
     403: ("This is not allowed", "Nothing was changed. Open the page again, and send the form from there."),
     404: ("There is no such page", "Check the address, or look for the user."),
+    408: ("This came too slowly", "Nothing was changed. Try again."),
     413: ("This is too much", "Nothing was changed."),
+    429: ("Too many attempts", "Wait a moment, and try again."),
     500: ("Something went wrong on our side", "It has been logged."),
     503: (
         "The database does not answer",
         "Try again in a moment. If you have just sent a form, reload this page to send it again: it counts once.",
     ),
 }
+_PASSING = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def console_router() -> Router:
@@ -68,14 +76,21 @@ async def admit(request: Request[Any, Any, Any]) -> Response[str] | None:
 
     Raises:
         PermissionDeniedException: a form lacks the session's token.
+        Refusal: there were too many cookies that name no session.
         DatabaseUnavailable: the database cannot be asked.
     """
     if request.route_handler.opt.get("public"):
         request.scope["auth"] = None
         return None
+    cookie, limits = request.cookies.get(COOKIE), _limits_of(request)
+    if cookie:
+        limits.count_cookie(cookie, request.scope)
     session = request.scope["auth"] = await find_session(request)
     if session is None:
+        if cookie:
+            limits.forget_cookie(cookie)
         return redirect(sign_in_url(request))
+    limits.remember_cookie(session.token)
     if request.method != "GET":
         check_csrf(session, await form_of(request))
     return None
@@ -98,10 +113,16 @@ async def sign_in(request: Request[Any, Any, Any]) -> Response[str]:
     target = safe_target(form.get("next"))
     cookie = await open_session(request, form.get("key", "").strip())
     if cookie is None:
+        _limits_of(request).count_refused(request.scope)
         return render("sign-in.html", status=HTTPStatus.FORBIDDEN, session=None, target=target, refused=True)
+    _limits_of(request).remember_cookie(str(cookie.value))
     response = redirect(target)
     response.set_cookie(cookie)
     return response
+
+
+def _limits_of(request: Request[Any, Any, Any]) -> Limits:
+    return cast("Gate", request.app.state["gate"]).limits
 
 
 @post("/sign-out", include_in_schema=False)
@@ -133,7 +154,9 @@ async def unknown(rest: FromPath[str]) -> Response[str]:  # noqa: ARG001 - whate
 def error_page(request: Request[Any, Any, Any], status: int, sentence: str | None = None) -> Response[str]:
     """Return the page that tells of an error."""
     title, default = _SENTENCES[status]
-    headers = {"Retry-After": "1"} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+    headers = {"Retry-After": "1"} if status in _PASSING else {}
+    if status == HTTPStatus.REQUEST_TIMEOUT:
+        headers["Connection"] = "close"  # the rest of the form is not read
     session = request.scope.get("auth")
     return render(
         "error.html",
@@ -153,9 +176,9 @@ def answer_framework_error(request: Request[Any, Any, Any], error: HTTPException
     return error_page(request, error.status_code)
 
 
-def answer_refusal(request: Request[Any, Any, Any], _: Refusal) -> Response[str]:
-    """Answer a link whose place in a list is none."""
-    return error_page(request, HTTPStatus.BAD_REQUEST)
+def answer_refusal(request: Request[Any, Any, Any], refusal: Refusal) -> Response[str]:
+    """Answer a link whose place in a list is none, and what comes too slowly or too often."""
+    return error_page(request, refusal.kind.status)
 
 
 def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeError) -> Response[str]:
