@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,12 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reconciler.audit import Audit, audit
 from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep_and_record
 from talktime.errors import DatabaseUnavailable, SettingError
+from talktime.logs import make_logs_discreet
 from talktime.process import run_until_signalled
 from talktime.settings import home_folder, load_settings
 from talktime.store.database import Database, provide_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from reconciler.differences import Findings
 
 T = TypeVar("T")
 
@@ -31,20 +36,24 @@ log = logging.getLogger("reconciler")
 DONE, SOME_FAILED, BAD_USE = 0, 1, 2
 NO_DATABASE = os.EX_TEMPFAIL  # 75: cron and systemd read it as "try again later"
 
+AUDIT_LOG_SECONDS = 30
+
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") -> int:
     """Run the reconciler; returns the exit code."""
     try:
         settings = load_settings()
-        options = _parser(prog, settings.reconcile_us / 1_000_000).parse_args(argv)
+        parser = _parser(prog, settings.reconcile_us / 1_000_000)
+        options = parser.parse_args(argv)
+        if options.json and not options.audit:
+            parser.error("--json goes with --audit only")
     except SettingError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return BAD_USE
     # Lines for a log; a terminal that shows a progress bar needs only the trouble.
     on_terminal = sys.stderr.isatty() and options.every is None and options.duration is None
-    logging.basicConfig(
-        level=logging.WARNING if on_terminal else logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s"
-    )
+    logging.basicConfig(level=logging.WARNING if on_terminal else logging.INFO)
+    make_logs_discreet()
     # Until the passes begin, a SIGTERM unwinds the stack, so that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -80,6 +89,11 @@ def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
         help="repeat, and end after SECONDS (60 suits a crontab line: once a minute, four passes)",
     )
     parser.add_argument("--audit", action="store_true", help="check what is stored instead, and print each difference")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what the audit finds as JSON Lines: an object for each account that differs, and the totals last",
+    )
     parser.add_argument("--home", type=home_folder, help="folder of the embedded PostgreSQL, if no URL is set")
     parser.set_defaults(default_every=default_every_s)
     return parser
@@ -100,11 +114,8 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
     try:
         made: Audit | Pass
         if options.audit:
-            made = await _with_progress(
-                "auditing", lambda progress: audit(database, stop, report=print, progress=progress)
-            )
-            log.info("%s", made)
-            if stop.is_set():
+            made = await _audit(database, stop, as_json=options.json)
+            if not made.finished:
                 log.error("the audit was stopped before its end")
                 return SOME_FAILED
         elif options.every is not None or options.duration is not None:
@@ -118,6 +129,34 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
         return SOME_FAILED if made.failed else DONE
     finally:
         await database.close()
+
+
+async def _audit(database: Database, stop: asyncio.Event, *, as_json: bool) -> Audit:
+    def report(findings: Findings) -> None:
+        for line in [json.dumps(findings.as_json())] if as_json else findings.lines():
+            print(line)
+
+    made = await _with_progress(
+        "auditing", lambda progress: audit(database, stop, report=report, progress=_logged(progress))
+    )
+    if as_json:
+        print(json.dumps(made.as_json()))
+    log.info("%s", made)
+    return made
+
+
+def _logged(progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Have a line for the log too, every so often: an audit of many accounts takes a while."""
+    said_at = time.monotonic()
+
+    def noted(done: int, total: int) -> None:
+        nonlocal said_at
+        progress(done, total)
+        if time.monotonic() >= said_at + AUDIT_LOG_SECONDS:
+            said_at = time.monotonic()
+            log.info("audited %d of %d accounts", done, total)
+
+    return noted
 
 
 async def _with_progress(what: str, run: Callable[[Callable[[int, int], None]], Coroutine[Any, Any, T]]) -> T:

@@ -1,279 +1,288 @@
-"""The audit: re-derive what is stored from segments, credits and tariffs, and name each difference.
+"""The audit: derive what is stored of each account again, and name each difference.
+
+What is derived, from what; what is only held to a rule; and what the rest does not tell:
+
+==============  ======================================================================================================
+account         `balance`: credits less the cost of all segments, gone through from moment to moment; never below zero
+                on the way. `next_entry`: from the ledger. `due_at`: from the chats. `bucket`: from the user id.
+                `materialized_through`: by what is materialized to it while a chat runs; else no earlier than all that
+                is stored, and between the chats' abandonments.
+allowance       `used_us`: the free time of the pair's segments. `granted_us`: the same if the pair has a paid tick, for
+                free time is used first; else no less than that. A row for each pair that has a chat.
+chat            `elapsed_us`, `free_us`, `cost`, `count_us`: from its segments and the open one. `opened_count_us`: the
+                count goes on, or begins anew with a start at another tariff. `stopped_at`, `stop_reason`: the end of
+                its last segment, or of a start that left none, which was a sign of life and is in the `revision`.
+                `state`: fits these, lease and abandonment, and what the balance can pay. `last_heartbeat_at`,
+                `lease_us`, `abandon_after_us`: fit state and stop. `started_at`: no later than its first segment.
+                `revision`: at least what its history takes. `advisor_id`: the segments'. `opened_at`, its tariff: no
+                overlap, and by the totals. Not known: `start_key`, earlier leases.
+segment         `free_us`, `paid_us`: the seniors take free ticks first. `cost`: priced again. `count_us`: goes on.
+                `started_at`, `ended_at`: the time between is the free and the paid time, none overlap, and the ledger
+                knows both. `reason`: `exhausted` only when the balance could not pay; `switched` only when another
+                chat began, or may have been started and left no segment; all of them by the revision, the last one by
+                the chat. The tariff is taken as it is.
+ledger_entry    `number`: without gaps. `amount`, `happened_at` of a charge: its segment's, one for each that cost
+                something; `kind`, `amount` and `memo` of a credit: by its `request_hash`. `balance_after`: the running
+                sum. `recorded_at`: when it happened for a credit; for a charge not before, and in order with all that
+                happened. Not known: `idempotency_key`.
+==============  ======================================================================================================
+
+Whatever a legal history can leave behind is no difference: clocks that stepped back, settings that changed, refused
+starts, starts without a segment.
 
 Each batch of accounts is read in one snapshot, and all figures of an account are as of one instant, so a running
-service never causes a false alarm.
+service never causes a false alarm; and since it only reads, it is in nobody's way. All rows are streamed: what is kept
+of an account are its clocks that run at one time and a few figures for each advisor.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-from functools import partial
-from itertools import chain, pairwise
-from typing import TYPE_CHECKING
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from talktime.meter.state import ChatState, CreditKind, StopReason
+from reconciler.chats import ChatLaws
+from reconciler.differences import Findings, instant
+from reconciler.ledger import LedgerLaws
+from reconciler.replay import Pair, Replay, Stretch, closed, still_open
+from talktime.meter.state import RESUMABLE
 from talktime.meter.units import format_credits
-from talktime.store.accounts import due_at
-from talktime.store.history import load_buckets, load_histories
-from talktime.store.ledger import CHARGE, request_hash
+from talktime.store.history import AccountRow, Histories, load_buckets, open_histories
+from talktime.store.tables import bucket_of
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable
 
-    from talktime.meter.state import Chat, Segment, Tariff
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from talktime.meter.state import Allowance
     from talktime.store.database import Database
-    from talktime.store.history import History
     from talktime.store.ledger import LedgerEntry
 
-BATCH_ACCOUNTS = 50
+BATCH_ACCOUNTS = 200
 
 
 @dataclass(slots=True)
 class Audit:
-    """How many accounts were checked, and how many differences were found."""
+    """How many accounts were checked, how many of them differ, in how many figures; and whether those were all."""
 
     accounts: int = 0
+    differing: int = 0
     failed: int = 0
+    finished: bool = False
 
     def __str__(self) -> str:
         """One log line."""
-        return f"audit accounts={self.accounts} differences={self.failed}"
+        return f"audit accounts={self.accounts} differing={self.differing} differences={self.failed}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the same as an object for programs."""
+        return {
+            "accounts": self.accounts,
+            "differing": self.differing,
+            "differences": self.failed,
+            "finished": self.finished,
+        }
+
+
+class _Stopped(Exception):
+    """The audit is to end before its end."""
 
 
 async def audit(
     database: Database,
     stop: asyncio.Event,
     *,
-    report: Callable[[str], None],
+    report: Callable[[Findings], None],
     progress: Callable[[int, int], None],
+    batch_accounts: int = BATCH_ACCOUNTS,
 ) -> Audit:
-    """Check every account until `stop` is set, and call `report` with a line for each difference.
+    """Check every account until `stop` is set, and call `report` with each that differs.
+
+    `progress` is called with the accounts done and the accounts there are. Once `stop` is set, the batch in hand is
+    left as it is.
 
     Raises:
         DatabaseUnavailable: no answer from the database.
     """
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise _Stopped
+
     # No time limit: an account's history may be long, and nobody waits for the answer but the operator.
     buckets = await database.snapshot(load_buckets, patient=True)
     total = sum(buckets.values())
     made = Audit()
-    for bucket in buckets:
-        after: str | None = ""
-        while after is not None and not stop.is_set():
-            histories = await database.snapshot(
-                partial(load_histories, bucket=bucket, after=after, limit=BATCH_ACCOUNTS),
-                patient=True,
-            )
-            for history in histories:
-                for difference in differences(history):
-                    report(f"user {history.account.user_id!r}: {difference}")
-                    made.failed += 1
-            made.accounts += len(histories)
-            progress(made.accounts, total)
-            after = histories[-1].account.user_id if len(histories) == BATCH_ACCOUNTS else None
+    progress(0, total)
+    try:
+        for bucket in buckets:
+            after: str | None = ""
+            while after is not None:
+                found, after = await _batch(database, bucket, after, batch_accounts, go_on)
+                for findings in found:
+                    made.accounts += 1
+                    made.failed += findings.count
+                    if findings.count:
+                        made.differing += 1
+                        report(findings)
+                progress(made.accounts, max(total, made.accounts))
+    except _Stopped:
+        return made
+    made.finished = True
     return made
 
 
-def differences(history: History) -> Iterator[str]:
-    """Yield what does not add up in an account, in words."""
-    account = history.account
-    free_us: dict[str, int] = defaultdict(int)
-    for chat in account.chats.values():
-        segments = history.segments.get(chat.chat_id, [])
-        yield from _segment_differences(chat, segments)
-        yield from _chat_differences(chat, segments, account.at)
-        free_us[chat.advisor_id] += chat.free_us
-    for advisor_id in sorted({*free_us, *account.allowances}):
-        allowance = account.allowances.get(advisor_id)
-        used_us = allowance.used_us if allowance else 0
-        yield from _differs(f"allowance with advisor {advisor_id!r}: used_us", used_us, free_us[advisor_id])
-    yield from _ledger_differences(history)
-    yield from _late_instants(history)
-    booked = sum(entry.amount for entry in history.entries)
-    accrued = sum(chat.accrued for chat in account.chats.values())
-    yield from _differs("balance", account.balance, booked - accrued, money=True)
-    yield from _differs("next_entry", history.next_entry, len(history.entries) + 1)
-    if history.due_at != due_at(account):
-        yield "due_at does not follow from the chats' states"
-    yield from _overdrafts(history)
+async def _batch(
+    database: Database, bucket: int, after: str, limit: int, go_on: Callable[[], None]
+) -> tuple[list[Findings], str | None]:
+    """Check the next accounts of a bucket; returns the last user id too, or None if the bucket has no more."""
+
+    async def work(connection: AsyncConnection) -> list[Findings]:
+        go_on()
+        async with open_histories(connection, bucket=bucket, after=after, limit=limit, before_page=go_on) as histories:
+            return [await _check(account, histories) for account in histories.accounts]
+
+    found = await database.snapshot(work, patient=True)
+    return found, found[-1].user_id if len(found) == limit else None
 
 
-def _differs(what: str, stored: object, derived: object, *, money: bool = False) -> Iterator[str]:
-    if stored != derived:
-        if money and isinstance(stored, int) and isinstance(derived, int):
-            stored, derived = format_credits(stored), format_credits(derived)
-        yield f"{what} is {stored}, derived {derived}"
+async def _check(account: AccountRow, histories: Histories) -> Findings:
+    findings = Findings(account.user_id)
+    ledger = LedgerLaws(account, findings)
+    chats = await _chats(account, histories, ledger, findings)
+    allowances = await _allowances(account, histories, chats, findings)
+    while (entry := await histories.entries.next(account.user_id)) is not None:
+        ledger.entry(entry)
+    began_at = _earliest(chats.began_at, ledger.began_at)
+    agreed_at = ledger.finish(account.at if began_at is None else began_at)
+    replay = Replay(chats.pairs, allowances, findings)
+    balance = await _go_through(account, histories, chats, replay)
+    if account.balance != balance:
+        findings.add("balance", format_credits(account.balance), format_credits(balance), agreed_at)
+    switched = replay.switched_by_nobody
+    if switched is not None and not chats.unseen:
+        name = f"chat {switched.chat_id!r}: segment of {instant(switched.started_at)}: reason"
+        findings.add(name, "switched", "another: no other chat was started then", switched.ended_at)
+    _account(account, chats, max(chats.latest, ledger.latest), findings)
+    return findings
 
 
-def _segment_differences(chat: Chat, segments: Sequence[Segment]) -> Iterator[str]:
-    for segment in segments:
-        name = _name(segment)
-        length_us = segment.ended_at - segment.started_at
-        yield from _differs(f"{name}: free and paid time", segment.free_us + segment.paid_us, length_us)
-        price = segment.tariff.cost(segment.count_us + segment.paid_us) - segment.tariff.cost(segment.count_us)
-        yield from _differs(f"{name}: cost", segment.cost, price, money=True)
-        yield from _differs(f"{name}: advisor", segment.advisor_id, chat.advisor_id)
-    if segments and segments[0].count_us != 0:
-        yield f"{_name(segments[0])}: count_us is {segments[0].count_us}, though it is the first"
-    for earlier, later in pairwise(segments):
-        if later.started_at < earlier.ended_at:
-            yield f"{_name(later)} overlaps the one before it"
-        if not _goes_on(earlier, later.tariff, later.count_us):
-            yield f"{_name(later)}: count_us is {later.count_us}, which does not go on from the one before it"
+@dataclass(slots=True)
+class _Chats:
+    """What an account's chats add up to."""
 
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    open: list[Stretch] = field(default_factory=list)
+    abandoned_at: int | None = None
+    began_at: int | None = None
+    latest: int = 0
+    unseen: bool = False
 
-def _goes_on(last: Segment, tariff: Tariff, count_us: int) -> bool:
-    """Whether a count follows from the segment before.
-
-    It goes on under the same tariff. A start under another one begins it anew, even if that start's segment was empty
-    and so was not recorded.
-    """
-    return count_us == 0 or (tariff == last.tariff and count_us == last.count_us + last.paid_us)
-
-
-def _chat_differences(chat: Chat, segments: Sequence[Segment], at: int) -> Iterator[str]:
-    name = f"chat {chat.chat_id!r}"
-    elapsed_us = sum(segment.ended_at - segment.started_at for segment in segments)
-    free_us = sum(segment.free_us for segment in segments)
-    cost = sum(segment.cost for segment in segments) + chat.accrued
-    last = segments[-1] if segments else None
-    count_us = chat.count_us if chat.opened_at is None else chat.opened_count_us
-    if count_us != 0 and (last is None or not _goes_on(last, chat.tariff, count_us)):
-        yield f"{name}: its count of {count_us} does not go on from its last segment"
-    if segments and chat.started_at > segments[0].started_at:
-        yield f"{name}: started_at is {chat.started_at}, after its first segment's"
-    if chat.opened_at is not None:
-        elapsed_us += at - chat.opened_at
-        free_us += at - chat.opened_at - (chat.count_us - chat.opened_count_us)
-        if last is not None and chat.opened_at < last.ended_at:
-            yield f"{name}: the open segment overlaps the one before it"
-        if chat.lease_end <= at:
-            yield f"{name}: runs, though its lease had ended when it was materialized"
-    elif last is not None and chat.stopped_at is not None:
-        if chat.stopped_at < last.ended_at:
-            yield f"{name}: stopped_at is {chat.stopped_at}, before its last segment's end"
-        if chat.stopped_at == last.ended_at and chat.stop_reason not in (last.reason, StopReason.EXHAUSTED):
-            yield f"{name}: stop_reason is {chat.stop_reason}, its last segment's {last.reason}"
-    if chat.state is ChatState.EXHAUSTED and chat.stop_reason is not StopReason.EXHAUSTED:
-        yield f"{name}: is exhausted, though its stop_reason is {chat.stop_reason}"
-    yield from _differs(f"{name}: elapsed_us", chat.elapsed_us, elapsed_us)
-    yield from _differs(f"{name}: free_us", chat.free_us, free_us)
-    yield from _differs(f"{name}: cost", chat.cost, cost, money=True)
-
-
-def _ledger_differences(history: History) -> Iterator[str]:
-    uncharged = {
-        (segment.chat_id, segment.started_at): segment
-        for segment in chain.from_iterable(history.segments.values())
-        if segment.cost != 0
-    }
-    booked = 0
-    for number, entry in enumerate(history.entries, start=1):
-        name = f"ledger entry {entry.number}"
-        yield from _differs(f"{name}: number", entry.number, number)
-        booked += entry.amount
-        yield from _differs(f"{name}: balance_after", entry.balance_after, booked, money=True)
-        if entry.kind != CHARGE:
-            yield from _credit_differences(name, entry)
-            continue
-        segment = uncharged.pop((entry.chat_id or "", entry.segment_started_at or 0), None)
-        if segment is None:
-            yield f"{name}: charges a segment that does not exist, or a second time"
-        else:
-            yield from _differs(f"{name}: amount", entry.amount, -segment.cost, money=True)
-            yield from _differs(f"{name}: happened_at", entry.happened_at, segment.ended_at)
-    for segment in uncharged.values():
-        yield f"{_name(segment)} is not charged in the ledger"
-
-
-def _late_instants(history: History) -> Iterator[str]:
-    """Nothing is stored of an account that lies after the instant up to which it was materialized."""
-    chats = history.account.chats.values()
-    instants = chain(
-        (segment.ended_at for segment in chain.from_iterable(history.segments.values())),
-        (entry.recorded_at for entry in history.entries),
-        (chat.started_at for chat in chats),
-        (chat.stopped_at for chat in chats if chat.stopped_at is not None),
-        (chat.opened_at for chat in chats if chat.opened_at is not None),
-    )
-    latest = max(instants, default=history.account.at)
-    if latest > history.account.at:
-        yield f"materialized_through is {history.account.at}, before {latest}, which is stored"
-
-
-def _credit_differences(name: str, entry: LedgerEntry) -> Iterator[str]:
-    kind = CreditKind(entry.kind)
-    if (entry.amount < 0) != kind.takes:
-        yield f"{name}: a {kind} of {format_credits(entry.amount)}"
-    yield from _differs(f"{name}: happened_at", entry.happened_at, entry.recorded_at)
-    if entry.request_hash != request_hash(kind, abs(entry.amount), entry.memo):
-        yield f"{name}: is not what was requested: its hash is of another kind, amount or memo"
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """A segment, closed or open, for a look at any instant in it: its free ticks come first."""
-
-    chat_id: str
-    started_at: int
-    ended_at: int
-    tariff: Tariff
-    count_us: int
-    free_us: int
-
-    def cost_at(self, instant: int) -> int:
-        """Micro-credits that it has cost at an instant."""
-        paid_us = max(0, min(instant, self.ended_at) - self.started_at - self.free_us)
-        return self.tariff.cost(self.count_us + paid_us) - self.tariff.cost(self.count_us)
-
-    def next_tick_at(self, instant: int) -> int:
-        """Micro-credits for the tick that begins at an instant."""
-        paid_us = instant - self.started_at - self.free_us
-        if paid_us < 0:
-            return 0
-        return self.tariff.cost(self.count_us + paid_us + 1) - self.tariff.cost(self.count_us + paid_us)
-
-
-def _overdrafts(history: History) -> Iterator[str]:
-    """Rebuild the balance at each instant at which something ended: never below zero, and exhausted only if it was."""
-    stretches = [
-        _Stretch(s.chat_id, s.started_at, s.ended_at, s.tariff, s.count_us, s.free_us)
-        for s in chain.from_iterable(history.segments.values())
-    ]
-    for chat in history.account.chats.values():
+    def add(self, laws: ChatLaws) -> None:
+        """Add a chat that was checked."""
+        chat = laws.chat
+        pair = self.pairs.setdefault(chat.advisor_id, Pair(chat.started_at))
+        pair.began_at = min(pair.began_at, chat.started_at)
+        pair.free_us += laws.free_us
+        pair.paid = pair.paid or laws.paid
         if chat.opened_at is not None:
-            at = history.account.at
-            free_us = at - chat.opened_at - (chat.count_us - chat.opened_count_us)
-            stretches.append(_Stretch(chat.chat_id, chat.opened_at, at, chat.tariff, chat.opened_count_us, free_us))
-    stretches.sort(key=lambda stretch: stretch.started_at, reverse=True)
-    credits_ = [entry for entry in reversed(history.entries) if entry.kind != CHARGE]
-    credited = closed = bought_now = previous = 0
-    running: list[_Stretch] = []
-    for segment in sorted(chain.from_iterable(history.segments.values()), key=lambda s: s.ended_at):
-        end = segment.ended_at
-        if end != previous:
-            bought_now, previous = 0, end  # a purchase at the very instant of an exhaustion came after it
-        while credits_ and credits_[-1].happened_at <= end:
-            entry = credits_.pop()
-            credited += entry.amount
-            bought_now += max(0, entry.amount) if entry.happened_at == end else 0
-        while stretches and stretches[-1].started_at < end:
-            running.append(stretches.pop())
-        closed += sum(stretch.cost_at(end) for stretch in running if stretch.ended_at <= end)
-        running = [stretch for stretch in running if stretch.ended_at > end]
-        balance = credited - closed - sum(stretch.cost_at(end) for stretch in running)
-        if balance < 0:
-            yield f"{_name(segment)}: the balance was below zero at its end"
-        if segment.reason is StopReason.EXHAUSTED:
-            rank = segment.started_at, segment.chat_id
-            seniors = (stretch for stretch in running if (stretch.started_at, stretch.chat_id) < rank)
-            needed = sum(stretch.next_tick_at(end) for stretch in seniors)
-            needed += segment.tariff.cost(segment.count_us + segment.paid_us + 1)
-            needed -= segment.tariff.cost(segment.count_us + segment.paid_us)
-            if needed <= balance - bought_now:
-                yield f"{_name(segment)}: was stopped as exhausted, though the balance could pay"
+            self.open.append(still_open(chat, chat.opened_at, laws.at))
+        if chat.state in RESUMABLE:
+            self.abandoned_at = _earliest(self.abandoned_at, chat.abandoned_at)
+        self.began_at = _earliest(self.began_at, chat.started_at)
+        self.latest = max(self.latest, laws.latest)
+        self.unseen = self.unseen or laws.may_have_started_unseen
+
+    @property
+    def due_at(self) -> int | None:
+        """From when a pass has something to write: always while a clock runs, else at the first abandonment."""
+        return min((stretch.started_at for stretch in self.open), default=self.abandoned_at)
 
 
-def _name(segment: Segment) -> str:
-    return f"chat {segment.chat_id!r}: segment of {segment.started_at}"
+def _earliest(*instants: int | None) -> int | None:
+    return min((at for at in instants if at is not None), default=None)
+
+
+async def _chats(account: AccountRow, histories: Histories, ledger: LedgerLaws, findings: Findings) -> _Chats:
+    """Check the chats with their segments, and side by side with these, in the same order, the charges for them."""
+    chats = _Chats()
+    charge = await histories.charges.next(account.user_id)
+    while (chat := await histories.chats.next(account.user_id)) is not None:
+        laws = ChatLaws(chat, account.at, findings)
+        while (segment := await histories.segments.next((account.user_id, chat.chat_id))) is not None:
+            place = segment.chat_id, segment.started_at
+            while charge is not None and _place_of(charge) < place:
+                ledger.charge(charge, None)
+                charge = await histories.charges.next(account.user_id)
+            if charge is not None and _place_of(charge) == place:
+                ledger.charge(charge, segment)
+                charge = await histories.charges.next(account.user_id)
+            else:
+                ledger.charge(None, segment)
+            laws.segment(segment)
+        laws.finish()
+        chats.add(laws)
+    while charge is not None:
+        ledger.charge(charge, None)
+        charge = await histories.charges.next(account.user_id)
+    chats.open.sort(key=lambda stretch: (stretch.started_at, stretch.chat_id))
+    return chats
+
+
+def _place_of(charge: LedgerEntry) -> tuple[str, int]:
+    return charge.chat_id or "", charge.segment_started_at or 0
+
+
+async def _allowances(
+    account: AccountRow, histories: Histories, chats: _Chats, findings: Findings
+) -> dict[str, Allowance]:
+    allowances: dict[str, Allowance] = {}
+    while (row := await histories.allowances.next(account.user_id)) is not None:
+        advisor_id, allowance = row
+        allowances[advisor_id] = allowance
+        name, pair = f"allowance with advisor {advisor_id!r}", chats.pairs.get(advisor_id)
+        if pair is None:
+            findings.add(name, "there", "none: no chat is with this advisor", account.at)
+        elif pair.paid and allowance.granted_us != pair.free_us:
+            findings.add(f"{name}: granted_us", allowance.granted_us, pair.free_us, pair.began_at)
+    for advisor_id in sorted(chats.pairs.keys() - allowances.keys()):
+        pair = chats.pairs[advisor_id]
+        derived = pair.free_us if pair.paid else f"at least {pair.free_us}"
+        findings.add(f"allowance with advisor {advisor_id!r}: granted_us", None, derived, pair.began_at)
+    return allowances
+
+
+async def _go_through(account: AccountRow, histories: Histories, chats: _Chats, replay: Replay) -> int:
+    """Give the replay each instant at which a clock began or credits moved, in order; returns the balance."""
+    user_id, still_to_open = account.user_id, deque(chats.open)
+    segment = await histories.timeline.next(user_id)
+    credit = await histories.credits.next(user_id)
+    while heads := [
+        *([segment.started_at] if segment else ()),
+        *([credit[0]] if credit else ()),
+        *([still_to_open[0].started_at] if still_to_open else ()),
+    ]:
+        at = min(heads)
+        begun, amounts = [], []
+        while segment is not None and segment.started_at <= at:
+            begun.append(closed(segment))
+            segment = await histories.timeline.next(user_id)
+        while still_to_open and still_to_open[0].started_at <= at:
+            begun.append(still_to_open.popleft())
+        while credit is not None and credit[0] <= at:
+            amounts.append(credit[1])
+            credit = await histories.credits.next(user_id)
+        replay.moment(at, sorted(begun, key=lambda stretch: stretch.chat_id), amounts)
+    return replay.finish(account.at)
+
+
+def _account(account: AccountRow, chats: _Chats, latest: int, findings: Findings) -> None:
+    if account.bucket != bucket_of(account.user_id):
+        findings.add("bucket", account.bucket, bucket_of(account.user_id), account.at)
+    if account.at < latest:
+        findings.add("materialized_through", instant(account.at), f"at least {instant(latest)}", account.at)
+    if account.due_at != chats.due_at:
+        stored, derived = (None if at is None else instant(at) for at in (account.due_at, chats.due_at))
+        findings.add("due_at", stored, derived, account.at)

@@ -54,5 +54,11 @@ async def until_blocked(url: URL, count: int = 1) -> None:
 async def audit_lines(database: Database) -> list[str]:
     """Return what the audit finds."""
     lines: list[str] = []
-    await audit(database, asyncio.Event(), report=lines.append, progress=lambda _done, _total: None)
+    made = await audit(
+        database,
+        asyncio.Event(),
+        report=lambda findings: lines.extend(findings.lines()),
+        progress=lambda _done, _total: None,
+    )
+    assert made.finished
     return lines

@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL
 
 from reconciler.__main__ import _run as run_reconciler
 from talktime import operations
-from talktime.meter.state import ChatState, CreditKind, Policy, RateCard, Scope, Tariff
+from talktime.meter.state import ChatState, CreditKind, Policy, RateCard, Scope
 from talktime.store.accounts import lock_beat
 from talktime.store.database import Database
 from tests.database import Clock, connect
@@ -158,34 +158,6 @@ async def test_the_audit_is_clean_and_then_names_a_row_that_was_tampered_with(da
     assert 0 == _run(database_url).returncode
     clean = _run(database_url, "--audit")
     assert (0, "") == (clean.returncode, clean.stdout)
-    for tampering, mending, named in (
-        ("segment SET cost = cost + 1", "segment SET cost = cost - 1", "chat 'c': segment of"),
-        ("segment SET advisor_id = 'b'", "segment SET advisor_id = 'a'", "advisor is b"),
-        ("segment SET count_us = 9", "segment SET count_us = 0", "count_us is 9, though it is the first"),
-        ("account SET balance = 5", "account SET balance = 0", "balance is 0.000005, derived 0.000000"),
-        ("chat SET elapsed_us = elapsed_us + 1", "chat SET elapsed_us = elapsed_us - 1", "chat 'c': elapsed_us is"),
-        ("chat SET count_us = count_us + 1", "chat SET count_us = count_us - 1", "chat 'c': its count of"),
-        ("chat SET stop_reason = 'paused'", "chat SET stop_reason = 'exhausted'", "is exhausted, though"),
-        (
-            "account SET materialized_through = materialized_through - '1h'::interval",
-            "account SET materialized_through = materialized_through + '1h'::interval",
-            "materialized_through is",
-        ),
-        (
-            "ledger_entry SET happened_at = happened_at - '1s'::interval",
-            "ledger_entry SET happened_at = happened_at + '1s'::interval",
-            "happened_at is",
-        ),
-        ("ledger_entry SET memo = 'x'", "ledger_entry SET memo = ''", "is not what was requested"),
-        ("allowance SET granted_us = 9, used_us = 9", "allowance SET granted_us = 0, used_us = 0", "used_us is 9"),
-        ("account SET due_at = due_at + '1s'", "account SET due_at = due_at - '1s'::interval", "due_at does not"),
-    ):
-        only = "WHERE user_id = 'u3' AND kind = 'purchase'" if "ledger" in tampering else "WHERE user_id = 'u3'"
-        for change, expected in ((tampering, 1), (mending, 0)):
-            with connect(database_url) as connection:
-                connection.execute(f"UPDATE {change} {only}")
-            found = await _audited(database_url)
-            assert bool(expected) is any(named in line and "user 'u3'" in line for line in found), (change, found)
     with connect(database_url) as connection:
         connection.execute("UPDATE segment SET cost = cost + 1 WHERE user_id = 'u1'")
     tampered = _run(database_url, "--audit")
@@ -193,27 +165,12 @@ async def test_the_audit_is_clean_and_then_names_a_row_that_was_tampered_with(da
     assert "user 'u1': chat 'c': segment of" in tampered.stdout
 
 
-async def test_the_audit_rebuilds_the_balance_and_sees_a_stop_that_was_not_due(database_url: URL, clock: Clock) -> None:
-    async with open_service(database_url) as service:
-        await operations.credit(service, "u", kind=CreditKind.PURCHASE, amount=10 * CREDIT, memo="", key="k")
-        await operations.start(service, "u", "c", advisor_id="a", key=None)
-        clock.tick(5 * S)
-        await operations.pause(service, "u", "c")
-        assert not await audit_lines(service.database)
-        with connect(database_url) as connection:
-            connection.execute("UPDATE segment SET reason = 'exhausted'")
-        assert any("though the balance could pay" in line for line in await audit_lines(service.database))
-        with connect(database_url) as connection:
-            connection.execute("UPDATE ledger_entry SET happened_at = happened_at + interval '1h' WHERE number = 1")
-        assert any("below zero" in line for line in await audit_lines(service.database))
-
-
 async def test_an_audit_that_is_stopped_does_not_say_that_all_is_well(database_url: URL) -> None:
     await _chats(database_url, 1)
     stop = asyncio.Event()
-    assert 0 == await run_reconciler(argparse.Namespace(audit=True), Database(database_url), stop)
+    assert 0 == await run_reconciler(argparse.Namespace(audit=True, json=False), Database(database_url), stop)
     stop.set()
-    assert 1 == await run_reconciler(argparse.Namespace(audit=True), Database(database_url), stop)
+    assert 1 == await run_reconciler(argparse.Namespace(audit=True, json=False), Database(database_url), stop)
 
 
 async def test_a_row_that_somebody_holds_does_not_hold_up_its_neighbours(database_url: URL) -> None:
@@ -227,30 +184,6 @@ async def test_a_row_that_somebody_holds_does_not_hold_up_its_neighbours(databas
     assert "accounts=11 chats=11 failed=1" in done.stderr
     again = _run(database_url)
     assert "accounts=1 chats=1 failed=0" in again.stderr
-
-
-async def _audited(url: URL) -> list[str]:
-    async with open_service(url) as service:
-        return await audit_lines(service.database)
-
-
-async def test_the_audit_gives_no_false_alarm_on_a_live_system(database_url: URL) -> None:
-    policy = replace(POLICY, scope=Scope.NONE)
-    async with open_service(database_url, policy=policy, card=RateCard(Tariff(CREDIT), S)) as service:
-
-        async def live() -> None:
-            for n in range(150):
-                user_id, chat_id = f"u{n % 5}", f"c{n % 3}"
-                await operations.credit(service, user_id, kind=CreditKind.GRANT, amount=99, memo="", key=f"k{n}")
-                await operations.start(service, user_id, chat_id, advisor_id="a", key=None)
-                await operations.pause(service, user_id, f"c{n // 5 % 3}") if n > 15 else None
-
-        living = asyncio.create_task(live())
-        found: list[str] = []
-        while not living.done():
-            found += await audit_lines(service.database)
-        await living
-    assert not found
 
 
 async def test_whether_a_pass_ran_changes_nothing_that_is_read(database_url: URL, clock: Clock) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from itertools import permutations
+from itertools import combinations_with_replacement, permutations
 
 from tests.meter import reference
 from tests.meter.histories import Card, Settings
@@ -26,12 +26,13 @@ REFUSALS = {
 KEY_REUSED = 422, "idempotency-key-reused"
 _CREATED, _OK = 201, 200
 
+PASS = -1
+
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """When a command was carried out, and what was in force then; `raced` if others were under way."""
+    """What was in force when a command was carried out; `raced` if others were under way."""
 
-    now: int
     settings: Settings
     cards: Mapping[str, Card]
     raced: bool
@@ -63,7 +64,7 @@ class Belief:
 
     def materialized(self, now: int) -> Belief:
         """Return what is stored after a pass."""
-        if self.account is None:
+        if self.account is None or self.account.at >= now:
             return self
         account = self.account.copy()
         account.advance(max(now, account.at))
@@ -81,16 +82,21 @@ class Belief:
 
 
 def after_commands(
-    beliefs: Sequence[Belief], sent: Sequence[Sent], *, passed_at: int | None, user_id: str
+    beliefs: Sequence[Belief], sent: Sequence[Sent], *, instants: Sequence[int], passes: int, user_id: str
 ) -> list[Belief]:
-    """Return what may be stored of a user after commands in whatever order, with or without a pass among them.
+    """Return what may be stored of a user after commands in whatever order, with as many passes among them or fewer.
+
+    The clock showed `instants` meanwhile, one after the other.
 
     Raises:
         Difference: an answer is not what any of the beliefs allows.
     """
     mismatches: list[str] = []
     found = [
-        after for belief in beliefs for order in _orders(sent, passed_at) for after in _fold(belief, order, mismatches)
+        after
+        for order in _orders(sent, instants, passes)
+        for belief in beliefs
+        for after in _fold(belief, order, mismatches)
     ]
     if not found:
         differ(f"user {user_id}", "\nor ".join(dict.fromkeys(mismatches)))
@@ -102,25 +108,25 @@ def distinct(beliefs: Iterable[Belief]) -> list[Belief]:
     return list({repr(belief.same()): belief for belief in beliefs}.values())
 
 
-def _orders(sent: Sequence[Sent], passed_at: int | None) -> Iterator[list[Sent | int]]:
-    for order in permutations(sent):
-        yield list(order)
-        if passed_at is not None:
-            for place in range(len(order) + 1):
-                yield [*order[:place], passed_at, *order[place:]]
+def _orders(sent: Sequence[Sent], instants: Sequence[int], passes: int) -> Iterator[list[tuple[Sent | None, int]]]:
+    """Yield each order of the commands, and of passes (None), with the instant of each: later ones are not earlier."""
+    for made in range(passes + 1):
+        for order in set(permutations([*range(len(sent)), *[PASS] * made])):
+            for times in combinations_with_replacement(instants, len(order)):
+                yield [(None if n == PASS else sent[n], now) for n, now in zip(order, times, strict=True)]
 
 
-def _fold(belief: Belief, order: Sequence[Sent | int], mismatches: list[str]) -> list[Belief]:
+def _fold(belief: Belief, order: Sequence[tuple[Sent | None, int]], mismatches: list[str]) -> list[Belief]:
     beliefs = [belief]
-    for event in order:
-        if isinstance(event, int):
-            beliefs = [b.materialized(event) for b in beliefs]
+    for event, now in order:
+        if event is None:
+            beliefs = [b.materialized(now) for b in beliefs]
             continue
         then = []
         for b in beliefs:
             if event.answer is None:
                 then.append(b)
-            for after, expected in _outcomes(b, event.command, event.circumstances):
+            for after, expected in _outcomes(b, event.command, event.circumstances, now):
                 mismatch = None if event.answer is None else expected.mismatch(event.answer)
                 if mismatch is None:
                     then.append(after)
@@ -145,8 +151,8 @@ class _Expected:
         return reading_mismatch(self.reading, answer.body["reading"] if self.code else answer.body)
 
 
-def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterator[tuple[Belief, _Expected]]:
-    now, before = around.now, belief.account
+def _outcomes(belief: Belief, command: Command, around: Circumstances, now: int) -> Iterator[tuple[Belief, _Expected]]:
+    before = belief.account
     if command.what == "credit" and (earlier := belief.credits.get(command.key or "")) is not None:
         same = (earlier.kind, earlier.amount) == (command.kind, command.amount)
         yield belief, _Expected(_CREATED) if same else _Expected(*KEY_REUSED)
@@ -154,12 +160,14 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances) -> Iterat
     if command.what == "heartbeat" and before is not None:
         beaten = before.copy()
         if beaten.fast_heartbeat(now, command.chat_id):
-            yield Belief(beaten, belief.credits), _Expected(_OK, reading=figures(beaten, command.chat_id, now))
-            if not around.raced:  # else somebody may hold the chat's row, and the heartbeat waits for the account
+            if not around.raced:
+                yield Belief(beaten, belief.credits), _Expected(_OK, reading=figures(beaten, command.chat_id, now))
                 return
+            # Its reading may be of a little later than itself; or somebody holds the row, and it waits for the account.
+            yield Belief(beaten, belief.credits), _Expected(_OK)
     target = Reference(now) if before is None else before.copy()
     try:
-        _carry_out(target, command, around)
+        _carry_out(target, command, around, now)
     except tuple(REFUSALS) as refusal:
         yield belief, _refused(refusal, before, command, now)
         return
@@ -181,8 +189,8 @@ def _refused(refusal: Exception, before: Reference | None, command: Command, now
     return _Expected(*REFUSALS[type(refusal)])
 
 
-def _carry_out(target: Reference, command: Command, around: Circumstances) -> None:
-    now, settings = around.now, around.settings
+def _carry_out(target: Reference, command: Command, around: Circumstances, now: int) -> None:
+    settings = around.settings
     leases = {"lease_us": settings.lease_us, "abandon_after_us": settings.abandon_after_us}
     match command.what:
         case "start":

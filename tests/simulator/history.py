@@ -21,7 +21,7 @@ from tests.meter.histories import BLOCKS, CHATS, KINDS, RATES, SCOPES, Card, Set
 from tests.simulator.beliefs import Belief, Circumstances, Sent, after_commands, distinct
 from tests.simulator.looks import Looks
 from tests.simulator.processes import Processes, Reconcilers
-from tests.simulator.readings import seconds
+from tests.simulator.readings import boundaries, seconds
 from tests.simulator.service import KEY, PATIENCE_S, Api, Command, differ
 
 BUCKETS = 1024
@@ -81,6 +81,7 @@ class History:
         self._sent: list[Command] = []
         self._keys = 0
         self._apis: list[Api] = []
+        self._aimed_at = "", ""  # a user and a chat, in a step at whose instant something ends for them
         self._happenings: dict[str, Callable[[], set[str]]] = {
             "command": self._happens_command,
             "late": self._happens_late,
@@ -104,11 +105,14 @@ class History:
         """Let something happen, and compare."""
         [what] = self._rng.choices(list(self._likely), list(self._likely.values()))
         wait_us = self._rng.choice(LONG_WAITS_US if what == "outage" else WAITS_US)
+        if self._rng.random() < 0.2:
+            wait_us = self._aim() or wait_us
         self._now += wait_us
         self._clock.set(self._now)
         self.log.append(f"{self._now} ({wait_us:+d}) {what}")
         self.totals["steps"] += 1
         users = self._happenings[what]()
+        self._aimed_at = "", ""
         if len(users) == 1 and self._looking.random() < 0.75:
             users = set()  # the answer was compared, and whatever is wrong besides will be seen later
         users |= {user_id for user_id, beliefs in self._beliefs.items() if len(beliefs) > 1}
@@ -116,6 +120,17 @@ class History:
             users.add(self._looking.choice(self._users))
         for user_id in sorted(users):
             self._beliefs[user_id] = self._looks.at(user_id, self._beliefs[user_id], self._now)
+
+    def _aim(self) -> int:
+        """Return how long it is until something ends for a chat, or a microsecond less or more; 0 if nothing does."""
+        user_id, place, aside_us = self._rng.choice(self._users), self._rng.random(), self._rng.choice((-1, 0, 0, 1))
+        account = self._beliefs[user_id][0].account
+        ends = [] if account is None else boundaries(account, self._now)
+        if not ends:
+            return 0
+        at, chat_id = ends[int(place * len(ends))]
+        self._aimed_at = user_id, chat_id
+        return at + aside_us - self._now
 
     def end(self) -> None:
         """Compare all there is, and once more after a last pass."""
@@ -163,10 +178,9 @@ class History:
         die_at = rng.randint(1, EVENTS_OF_A_COMMAND) if rng.random() < 0.05 else 0
         requests = [self._request(commands[0], die_at), *map(self._request, commands[1:])]
         passes = rng.choice((0, 1, 1, 2)) if self._likely["passes"] and len(commands) < 3 else 0
+        moves_us = rng.choice((0, 1, 3, 13, 60)) if rng.random() < 0.6 else 0
         begun = self._reconcilers.begin(passes, batch_accounts=rng.choice(BATCHES))
-        users = self._send(requests, passing=bool(begun))
-        self._end_of(begun)
-        return users | self._maybe_materialized() if begun else users
+        return self._send(requests, begun=begun, moves_us=moves_us)
 
     def _happens_passes(self) -> set[str]:
         rng = self._rng
@@ -209,6 +223,8 @@ class History:
         user_id = user_id or rng.choice(self._users)
         what = rng.choice(COMMANDS)
         chat_id = rng.choice(sorted(CHATS))
+        if rng.random() < 0.6 and all(self._aimed_at):
+            user_id, chat_id = self._aimed_at
         if what == "credit":
             self._keys += 1
             # Now and then a key that belongs to an earlier request.
@@ -223,20 +239,32 @@ class History:
     def _request(self, command: Command, die_at: int = 0) -> _Request:
         return _Request(self._rng.choice(self._apis), command, die_at)
 
-    def _send(self, requests: Sequence[_Request], *, passing: bool = False) -> set[str]:
-        """Send commands at the same time, and work out what may be stored after them."""
+    def _send(self, requests: Sequence[_Request], *, begun: Sequence[Future[Pass]] = (), moves_us: int = 0) -> set[str]:
+        """Send commands at the same time, and work out what may be stored after them.
+
+        Passes may have begun already, and the clock may move before all is answered.
+        """
         for number, request in enumerate(requests):
             request.api.send(request.command, die_at=request.die_at, connection=number)
-        raced = passing or len(requests) > 1
+        instants = [self._now]
+        if moves_us:
+            time.sleep(self._looking.uniform(0, 0.01))
+            self._now += moves_us
+            self._clock.set(self._now)
+            instants.append(self._now)
+        raced = bool(begun) or len(requests) > 1
         sent = [self._answered(request, number, raced=raced) for number, request in enumerate(requests)]
-        self._bury(
-            {request.api.pid for request, one in zip(requests, sent, strict=True) if one.answer is None}, requests
-        )
-        users = {request.command.user_id for request in requests}
+        self._end_of(begun)
+        dead = {request.api.pid for request, one in zip(requests, sent, strict=True) if one.answer is None}
+        self._bury(dead, requests)
+        users = set(self._users) if begun else {request.command.user_id for request in requests}
         for user_id in sorted(users):
-            theirs = [one for one in sent if one.command.user_id == user_id]
             self._beliefs[user_id] = after_commands(
-                self._beliefs[user_id], theirs, passed_at=self._now if passing else None, user_id=user_id
+                self._beliefs[user_id],
+                [one for one in sent if one.command.user_id == user_id],
+                instants=instants,
+                passes=len(begun),
+                user_id=user_id,
             )
         return users
 
@@ -246,7 +274,7 @@ class History:
         self._sent.append(request.command)
         self.totals["commands"] += 1
         self.totals["commands without answer"] += answer is None
-        return Sent(request.command, Circumstances(self._now, request.api.settings, dict(self._cards), raced), answer)
+        return Sent(request.command, Circumstances(request.api.settings, dict(self._cards), raced), answer)
 
     def _put_card(self, advisor_id: str) -> None:
         rng = self._rng

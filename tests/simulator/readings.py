@@ -24,6 +24,19 @@ def figures(account: Reference, chat_id: str, now: int) -> dict[str, object]:
     return {**shown, **also}
 
 
+def boundaries(account: Reference, now: int) -> list[tuple[int, str]]:
+    """Return the instants after this one at which something ends for a chat, as far as is seen, with the chat's id."""
+    view = account.copy()
+    view.advance(max(now, view.at))
+    found: list[tuple[object, str]] = []
+    for chat_id, chat in view.chats.items():
+        found.append((chat.last_sign_at + chat.abandon_after_us, chat_id))
+        if chat.state == "running":
+            shown = view.reading(now, chat_id, horizon_us=HORIZON_US)
+            found += [(shown[name], chat_id) for name in ("accrues_until", "paid_from", "free_until", "exhausts_at")]
+    return [(at, chat_id) for at, chat_id in found if isinstance(at, int) and at > now]
+
+
 _AS_IT_IS = ("chat_id", "advisor_id", "state", "accruing", "revision", "stop_reason")
 _MICROSECONDS = ("elapsed_us", "free_used_us", "free_left_us", "count_us")
 _CREDITS = ("credits_used", "balance")

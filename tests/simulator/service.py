@@ -81,11 +81,13 @@ class Api:
         """Wait for the answer to what was sent on a connection; None if the process died on it.
 
         Raises:
-            Difference: it is a server error.
+            Difference: it is a server error, or does not come.
         """
         try:
             response = self._connection(connection).getresponse()
             raw = response.read()
+        except TimeoutError:
+            differ(f"API process {self.pid}", f"no answer in {PATIENCE_S} s")
         except (ConnectionError, http.client.HTTPException):
             self._connection(connection).close()
             return None

@@ -1,37 +1,133 @@
-"""Everything that is stored of an account, for those who check it."""
+"""Everything that is stored of accounts, for those who check it: streamed, so that no account is too large for it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import Integer, Select, SmallInteger, Text, and_, bindparam, func, literal_column, select
 
-from talktime.meter.state import Account, Allowance, Chat, Segment
+from talktime.meter.state import Allowance, Chat, Segment
 from talktime.store import tables
 from talktime.store.accounts import chat_from
-from talktime.store.ledger import LedgerEntry, entry_from, segment_from
+from talktime.store.ledger import CHARGE, LedgerEntry, entry_from, segment_from
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import ColumnElement, Row, Table
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncResult
+
+T = TypeVar("T")
+
+PAGE_ROWS = 1000
+"""So many rows of each stream are in memory at a time."""
+
+_account, _allowance, _chat = tables.account, tables.allowance, tables.chat
+_segment, _entry = tables.segment, tables.ledger_entry
+
+_BUCKET = bindparam("in_bucket", type_=SmallInteger)
+_AFTER = bindparam("after_user", type_=Text)
+
+
+def _in_batch(table: Table) -> ColumnElement[bool]:
+    return and_(
+        table.c.bucket == _BUCKET, table.c.user_id > _AFTER, table.c.user_id <= bindparam("last_user", type_=Text)
+    )
+
+
+_ACCOUNTS = (
+    select(_account)
+    .where(_account.c.bucket == _BUCKET, _account.c.user_id > _AFTER)
+    .order_by(_account.c.user_id)
+    .limit(bindparam("at_most", type_=Integer))
+)
+_ALLOWANCES = select(_allowance).where(_in_batch(_allowance)).order_by(_allowance.c.user_id, _allowance.c.advisor_id)
+_IS_CHARGE = _entry.c.kind == literal_column(f"'{CHARGE}'")
+_CHATS = select(_chat).where(_in_batch(_chat)).order_by(_chat.c.user_id, _chat.c.chat_id)
+# No joins: whoever reads them side by side needs two rows in memory, whatever plan the database would choose.
+_SEGMENTS = (
+    select(_segment).where(_in_batch(_segment)).order_by(_segment.c.user_id, _segment.c.chat_id, _segment.c.started_at)
+)
+_CHARGES = (
+    select(_entry)
+    .where(_in_batch(_entry), _IS_CHARGE)
+    .order_by(_entry.c.user_id, _entry.c.chat_id, _entry.c.segment_started_at)
+)
+_ENTRIES = select(_entry).where(_in_batch(_entry)).order_by(_entry.c.user_id, _entry.c.number)
+_TIMELINE = (
+    select(_segment).where(_in_batch(_segment)).order_by(_segment.c.user_id, _segment.c.started_at, _segment.c.chat_id)
+)
+_CREDITS = (
+    select(_entry.c.user_id, _entry.c.happened_at, _entry.c.amount)
+    .where(_in_batch(_entry), ~_IS_CHARGE)
+    .order_by(_entry.c.user_id, _entry.c.number)
+)
 
 
 @dataclass(frozen=True, slots=True)
-class History:
-    """An account with all its chats, allowances, closed segments (oldest first per chat) and ledger entries."""
+class AccountRow:
+    """A row of `account`; `at` is the instant up to which it was materialized."""
 
-    account: Account
+    bucket: int
+    user_id: str
+    balance: int
+    at: int
     next_entry: int
     due_at: int | None
-    segments: dict[str, list[Segment]]
-    entries: list[LedgerEntry]
+
+
+class Rows(Generic[T]):
+    """The rows of one statement in the order of a key that begins with the user id, a page in memory at a time."""
+
+    def __init__(
+        self,
+        result: AsyncResult[Any],
+        key: Sequence[str],
+        value_of: Callable[[Row[Any]], T],
+        before_page: Callable[[], None],
+    ) -> None:
+        self._result = result
+        self._key_of = attrgetter(*key)
+        self._value_of = value_of
+        self._before_page = before_page
+        self._page: list[Row[Any]] = []  # the next row last
+        self._ended = False
+
+    async def next(self, key: object) -> T | None:
+        """Return the next value if its key is this one, else None and keep it for later."""
+        if not self._page and not self._ended:
+            self._before_page()
+            self._page = [*reversed(await self._result.fetchmany(PAGE_ROWS))]
+            self._ended = len(self._page) < PAGE_ROWS
+        if not self._page or self._key_of(self._page[-1]) != key:
+            return None
+        return self._value_of(self._page.pop())
+
+
+@dataclass(frozen=True, slots=True)
+class Histories:
+    """A batch of accounts by user id, and all that is stored of them, each in the order in which it is to be read.
+
+    `chats` are by chat id; `segments`, keyed by user and chat, by their beginning; `charges`, the ledger's lines for
+    segments, by chat and segment; `entries`, all of its lines, by number. `timeline` are the segments again, in the
+    order in which they began, and `credits` the instants and amounts of all entries but charges.
+    """
+
+    accounts: list[AccountRow]
+    allowances: Rows[tuple[str, Allowance]]
+    chats: Rows[Chat]
+    segments: Rows[Segment]
+    charges: Rows[LedgerEntry]
+    entries: Rows[LedgerEntry]
+    timeline: Rows[Segment]
+    credits: Rows[tuple[int, int]]
 
 
 async def load_buckets(connection: AsyncConnection) -> dict[int, int]:
     """Count the accounts in each bucket that has any."""
-    account = tables.account
-    rows = await connection.execute(select(account.c.bucket, func.count()).group_by(account.c.bucket))
+    rows = await connection.execute(select(_account.c.bucket, func.count()).group_by(_account.c.bucket))
     return dict(sorted((bucket, count) for bucket, count in rows.all()))
 
 
@@ -41,50 +137,33 @@ async def is_unused(connection: AsyncConnection) -> bool:
     return card is None and not await load_buckets(connection)
 
 
-async def load_histories(connection: AsyncConnection, *, bucket: int, after: str, limit: int) -> list[History]:
-    """Read the next accounts of a bucket beyond the user id `after`; for one snapshot, so that all of it agrees."""
-    account, chat, allowance = tables.account, tables.chat, tables.allowance
-    segment, entry = tables.segment, tables.ledger_entry
-    accounts = (
-        await connection.execute(
-            select(account)
-            .where(account.c.bucket == bucket, account.c.user_id > after)
-            .order_by(account.c.user_id)
-            .limit(limit)
-        )
-    ).all()
-    users = func.any([row.user_id for row in accounts])
-    chats: dict[str, dict[str, Chat]] = defaultdict(dict)
-    for row in await connection.execute(select(chat).where(chat.c.bucket == bucket, chat.c.user_id == users)):
-        chats[row.user_id][row.chat_id] = chat_from(row)
-    allowances: dict[str, dict[str, Allowance]] = defaultdict(dict)
-    for row in await connection.execute(
-        select(allowance).where(allowance.c.bucket == bucket, allowance.c.user_id == users)
-    ):
-        allowances[row.user_id][row.advisor_id] = Allowance(row.granted_us, row.used_us)
-    segments: dict[str, dict[str, list[Segment]]] = defaultdict(lambda: defaultdict(list))
-    for row in await connection.execute(
-        select(segment).where(segment.c.bucket == bucket, segment.c.user_id == users).order_by(segment.c.started_at)
-    ):
-        segments[row.user_id][row.chat_id].append(segment_from(row))
-    entries: dict[str, list[LedgerEntry]] = defaultdict(list)
-    for row in await connection.execute(
-        select(entry).where(entry.c.bucket == bucket, entry.c.user_id == users).order_by(entry.c.number)
-    ):
-        entries[row.user_id].append(entry_from(row))
-    return [
-        History(
-            Account(
-                user_id=row.user_id,
-                at=row.materialized_through,
-                balance=row.balance,
-                allowances=allowances[row.user_id],
-                chats=chats[row.user_id],
-            ),
-            row.next_entry,
-            row.due_at,
-            segments[row.user_id],
-            entries[row.user_id],
-        )
-        for row in accounts
+@asynccontextmanager
+async def open_histories(
+    connection: AsyncConnection, *, bucket: int, after: str, limit: int, before_page: Callable[[], None]
+) -> AsyncIterator[Histories]:
+    """Read the next accounts of a bucket beyond the user id `after`; for one snapshot, so that all of it agrees.
+
+    `before_page` is called before each look at the database, and may raise to end it all.
+    """
+    found = await connection.execute(_ACCOUNTS, {"in_bucket": bucket, "after_user": after, "at_most": limit})
+    accounts = [
+        AccountRow(row.bucket, row.user_id, row.balance, row.materialized_through, row.next_entry, row.due_at)
+        for row in found.all()
     ]
+    batch = {"in_bucket": bucket, "after_user": after, "last_user": accounts[-1].user_id if accounts else after}
+    async with AsyncExitStack() as open_cursors:
+
+        async def rows(query: Select[Any], value_of: Callable[[Row[Any]], T], *key: str) -> Rows[T]:
+            stream = connection.stream(query, batch, execution_options={"yield_per": PAGE_ROWS})
+            return Rows(await open_cursors.enter_async_context(stream), key, value_of, before_page)
+
+        yield Histories(
+            accounts,
+            await rows(_ALLOWANCES, lambda row: (row.advisor_id, Allowance(row.granted_us, row.used_us)), "user_id"),
+            await rows(_CHATS, chat_from, "user_id"),
+            await rows(_SEGMENTS, segment_from, "user_id", "chat_id"),
+            await rows(_CHARGES, entry_from, "user_id"),
+            await rows(_ENTRIES, entry_from, "user_id"),
+            await rows(_TIMELINE, segment_from, "user_id"),
+            await rows(_CREDITS, lambda row: (row.happened_at, row.amount), "user_id"),
+        )
