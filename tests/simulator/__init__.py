@@ -7,6 +7,7 @@ and leases are microseconds long; the product does not know. A history that show
 ``beliefs``    what may be stored after a step, according to the reference
 ``readings``   what readings must then show
 ``looks``      looking at the service, and comparing
+``deployment`` what runs: API processes with their settings, and reconcilers
 ``service``    API processes as their callers meet them
 ``processes``  starting them, and reconcilers, and killing them between two statements; ``warm`` forks them
 ``runs``       histories run to their end, several at once

@@ -8,7 +8,7 @@ none is left, the service shows something that it must not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import combinations_with_replacement, permutations
 
 from tests.meter import reference
@@ -24,9 +24,7 @@ REFUSALS = {
     reference.InsufficientBalance: (409, "insufficient-balance"),
 }
 KEY_REUSED = 422, "idempotency-key-reused"
-_CREATED, _OK = 201, 200
-
-PASS = -1
+_OK, _CREATED, _UNAVAILABLE = 200, 201, 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +43,15 @@ class Sent:
     command: Command
     circumstances: Circumstances
     answer: Answer | None
+
+    def answered(self, status: int) -> bool:
+        """Whether this was the answer's status."""
+        return self.answer is not None and self.answer.status == status
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not known what became of it: there was no answer, or that there is none."""
+        return self.answer is None or self.answered(_UNAVAILABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +77,18 @@ class Belief:
         account.advance(max(now, account.at))
         return Belief(account, self.credits)
 
-    def must_be_materialized(self, now: int) -> bool:
-        """Whether a pass that met nobody else has something to write."""
+    def is_due(self, now: int) -> bool:
+        """Whether a pass has something to write: always while a clock runs, else at an abandonment."""
         a = self.account
         if a is None or a.at >= now:
             return False
-        return any(c.open_started_at is not None and c.open_started_at <= now for c in a.chats.values())
+        opened = [chat.open_started_at for chat in a.chats.values() if chat.open_started_at is not None]
+        waiting = [
+            chat.last_sign_at + chat.abandon_after_us
+            for chat in a.chats.values()
+            if chat.state in ("lapsed", "paused", "exhausted")
+        ]
+        return min(opened or waiting, default=now + 1) <= now
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -92,11 +105,12 @@ def after_commands(
         Difference: an answer is not what any of the beliefs allows.
     """
     mismatches: list[str] = []
+    events = [event for one in sent for event in _events_of(one)]
     found = [
         after
-        for order in _orders(sent, instants, passes)
+        for order in _orders(events, instants, passes)
         for belief in beliefs
-        for after in _fold(belief, order, mismatches)
+        for after in _fold(belief, order, instants, mismatches)
     ]
     if not found:
         differ(f"user {user_id}", "\nor ".join(dict.fromkeys(mismatches)))
@@ -108,32 +122,57 @@ def distinct(beliefs: Iterable[Belief]) -> list[Belief]:
     return list({repr(belief.same()): belief for belief in beliefs}.values())
 
 
-def _orders(sent: Sequence[Sent], instants: Sequence[int], passes: int) -> Iterator[list[tuple[Sent | None, int]]]:
-    """Yield each order of the commands, and of passes (None), with the instant of each: later ones are not earlier."""
+def _events_of(sent: Sent) -> list[Sent]:
+    """Take a heartbeat that raced apart: what it answers is a reading, which may be of a little later than itself."""
+    if sent.command.what != "heartbeat" or not sent.circumstances.raced or not sent.answered(_OK):
+        return [sent]
+    reading = replace(sent.command, what="read")
+    return [replace(sent, answer=Answer(_OK, None)), Sent(reading, sent.circumstances, sent.answer)]
+
+
+def _orders(events: Sequence[Sent], instants: Sequence[int], passes: int) -> Iterator[list[tuple[Sent | None, int]]]:
+    """Yield each order of the events, and of passes (None), with the instant of each: later ones are not earlier."""
     for made in range(passes + 1):
-        for order in set(permutations([*range(len(sent)), *[PASS] * made])):
+        for order in set(permutations([*range(len(events)), *[-1] * made])):
+            if any(_is_reading_before_its_beat(events, order, n) for n in range(1, len(events))):
+                continue
             for times in combinations_with_replacement(instants, len(order)):
-                yield [(None if n == PASS else sent[n], now) for n, now in zip(order, times, strict=True)]
+                yield [(None if n < 0 else events[n], now) for n, now in zip(order, times, strict=True)]
 
 
-def _fold(belief: Belief, order: Sequence[tuple[Sent | None, int]], mismatches: list[str]) -> list[Belief]:
+def _is_reading_before_its_beat(events: Sequence[Sent], order: Sequence[int], n: int) -> bool:
+    is_of_beat = events[n - 1].command.what == "heartbeat" and events[n].answer is not None
+    return (
+        is_of_beat
+        and events[n].command == replace(events[n - 1].command, what="read")
+        and order.index(n) < order.index(n - 1)
+    )
+
+
+def _fold(
+    belief: Belief, order: Sequence[tuple[Sent | None, int]], instants: Sequence[int], mismatches: list[str]
+) -> list[Belief]:
     beliefs = [belief]
     for event, now in order:
         if event is None:
             beliefs = [b.materialized(now) for b in beliefs]
-            continue
-        then = []
-        for b in beliefs:
-            if event.answer is None:
-                then.append(b)
-            for after, expected in _outcomes(b, event.command, event.circumstances, now):
-                mismatch = None if event.answer is None else expected.mismatch(event.answer)
-                if mismatch is None:
-                    then.append(after)
-                else:
-                    mismatches.append(f"{event.command}: {mismatch}")
-        beliefs = then
+        else:
+            # A read waits for nobody: what it sees and the clock that it reads need not be of one moment.
+            times = instants if event.command.what == "read" else (now,)
+            beliefs = [after for b in beliefs for after in _after(b, event, times, mismatches)]
     return beliefs
+
+
+def _after(belief: Belief, event: Sent, times: Sequence[int], mismatches: list[str]) -> list[Belief]:
+    """Return what may be stored after one event."""
+    then = [belief] if event.is_open else []
+    for after, expected in (outcome for now in times for outcome in _outcomes(belief, event, now)):
+        mismatch = None if event.answer is None or event.is_open else expected.mismatch(event.answer)
+        if mismatch is None:
+            then.append(after)
+        else:
+            mismatches.append(f"{event.command}: {mismatch}")
+    return then
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +182,7 @@ class _Expected:
     reading: dict[str, object] | None = None
 
     def mismatch(self, answer: Answer) -> str | None:
-        code = answer.body.get("code")
+        code = None if answer.body is None else answer.body.get("code")
         if (self.status, self.code) != (answer.status, code):
             return f"expected {self.status} {self.code}, got {answer.status} {answer.body}"
         if self.reading is None:
@@ -151,8 +190,13 @@ class _Expected:
         return reading_mismatch(self.reading, answer.body["reading"] if self.code else answer.body)
 
 
-def _outcomes(belief: Belief, command: Command, around: Circumstances, now: int) -> Iterator[tuple[Belief, _Expected]]:
-    before = belief.account
+def _outcomes(belief: Belief, event: Sent, now: int) -> Iterator[tuple[Belief, _Expected]]:
+    command, around, before = event.command, event.circumstances, belief.account
+    if command.what == "read":
+        is_there = before is not None and command.chat_id in before.chats
+        reading = figures(before, command.chat_id, now) if before is not None and is_there else None
+        yield belief, _Expected(_OK, reading=reading) if is_there else _Expected(*REFUSALS[reference.UnknownChat])
+        return
     if command.what == "credit" and (earlier := belief.credits.get(command.key or "")) is not None:
         same = (earlier.kind, earlier.amount) == (command.kind, command.amount)
         yield belief, _Expected(_CREATED) if same else _Expected(*KEY_REUSED)
@@ -160,11 +204,10 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances, now: int)
     if command.what == "heartbeat" and before is not None:
         beaten = before.copy()
         if beaten.fast_heartbeat(now, command.chat_id):
-            if not around.raced:
-                yield Belief(beaten, belief.credits), _Expected(_OK, reading=figures(beaten, command.chat_id, now))
+            reading = None if around.raced else figures(beaten, command.chat_id, now)
+            yield Belief(beaten, belief.credits), _Expected(_OK, reading=reading)
+            if not around.raced:  # else somebody may hold the chat's row, and it waits for the account
                 return
-            # Its reading may be of a little later than itself; or somebody holds the row, and it waits for the account.
-            yield Belief(beaten, belief.credits), _Expected(_OK)
     target = Reference(now) if before is None else before.copy()
     try:
         _carry_out(target, command, around, now)
@@ -174,7 +217,8 @@ def _outcomes(belief: Belief, command: Command, around: Circumstances, now: int)
     if command.what == "credit":
         yield Belief(target, {**belief.credits, command.key or "": command}), _Expected(_CREATED)
     else:
-        yield Belief(target, belief.credits), _Expected(_OK, reading=figures(target, command.chat_id, now))
+        reading = None if around.raced and command.what == "heartbeat" else figures(target, command.chat_id, now)
+        yield Belief(target, belief.credits), _Expected(_OK, reading=reading)
 
 
 def _refused(refusal: Exception, before: Reference | None, command: Command, now: int) -> _Expected:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from http.client import NOT_FOUND, OK
 from typing import Any
 
-from tests.meter.reference import Reference
+from tests.meter.reference import Chat, Reference
 from tests.simulator.beliefs import Belief
-from tests.simulator.readings import figures, instant, micro, reading_mismatch
-from tests.simulator.service import Api, differ
+from tests.simulator.readings import amount, figures, instant, micro, reading_mismatch, tariff_of
+from tests.simulator.service import Api, Command, differ
 
 STATES = ("running", "lapsed", "paused", "exhausted", "abandoned", "ended")
 KINDS = ("list",) * 12 + ("each", "account", "by state")
@@ -24,6 +24,17 @@ class Looks:
         self._choose_api = choose_api
         self._chance = chance
         self._totals = totals
+        self._entries: dict[tuple[str, str], Any] = {}  # by user and Idempotency-Key
+
+    def keep_entry(self, command: Command, entry: Any) -> None:  # noqa: ANN401 - JSON
+        """Keep the ledger entry with which a credit was answered; a repetition must be answered with the same.
+
+        Raises:
+            Difference: it is not, or not what was asked for.
+        """
+        first = self._entries.setdefault((command.user_id, command.key or ""), entry)
+        _same(f"answer to {command}", first, entry)
+        _same(f"amount of {command}", (command.kind, _signed(command)), (entry["kind"], micro(entry["amount"])))
 
     def at(self, user_id: str, beliefs: list[Belief], now: int) -> list[Belief]:
         """Look at a user in one of several ways; returns the beliefs that agree.
@@ -79,66 +90,96 @@ class Looks:
 
     def _compare(self, user_id: str, account: Reference, shown: list[Any], now: int) -> None:
         self._totals["readings"] += len(shown)
+        _same(f"users of {user_id}'s readings", {user_id} if shown else set(), {body["user_id"] for body in shown})
         mismatch = _readings_mismatch(account, shown, now)
         if mismatch is not None:
             differ(f"user {user_id}", mismatch)
 
+    def _pages(self, path: str, query: str = "") -> list[Any]:
+        """Read all of a list, sometimes in small pages."""
+        limit = self._chance.choice((1, 2, 3, 200, 200, 200))
+        return list(self._choose_api().get_pages(path, query, limit=limit))
+
     def _at_list_by_state(self, user_id: str, account: Reference, now: int) -> None:
         state = self._chance.choice(STATES)
-        shown = self._get(f"/v1/users/{user_id}/chats?state={state}")["items"]
-        view = _advanced(account, now)
-        expected = {chat_id for chat_id, chat in view.chats.items() if chat.state == state}
-        _same(f"chats of {user_id} that are {state}", expected, {body["chat_id"] for body in shown})
+        shown = self._pages(f"/v1/users/{user_id}/chats", f"&state={state}")
+        chats = [chat for chat in _newest_first(_advanced(account, now)) if chat.state == state]
+        _same(
+            f"chats of {user_id} that are {state}",
+            [chat.chat_id for chat in chats],
+            [body["chat_id"] for body in shown],
+        )
         self._compare(user_id, account, shown, now)
 
     def _at_account(self, user_id: str, account: Reference, now: int) -> None:
         shown = self._get(f"/v1/users/{user_id}/account")
         view = _advanced(account, now)
-        running = {chat_id: chat for chat_id, chat in view.chats.items() if chat.state == "running"}
-        accrued = sum(chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.open_count) for chat in running.values())
-        _same("running chats", sorted(running), [body["chat_id"] for body in shown["running"]])
+        running = [chat for _, chat in sorted(view.chats.items()) if chat.state == "running"]
+        accrued = sum(chat.tariff.cost(chat.count_us) - chat.tariff.cost(chat.open_count) for chat in running)
+        _same("running chats", [chat.chat_id for chat in running], [body["chat_id"] for body in shown["running"]])
         _same("balance", (view.balance, accrued), (micro(shown["balance"]), micro(shown["accrued"])))
-        _same("instants", (view.at, account.at), (instant(shown["as_of"]), instant(shown["materialized_through"])))
+        instants = [instant(shown[name]) for name in ("as_of", "server_time", "materialized_through")]
+        _same("instants", [view.at, now, account.at], instants)
+        # What each must be is compared with the readings themselves.
+        exhaustions = [body["exhausts_at"] for body in shown["running"] if body["exhausts_at"] is not None]
+        _same("exhausts_at", min(exhaustions, default=None), shown["exhausts_at"])
         self._compare(user_id, account, shown["running"], now)
 
     def _at_receipts(self, user_id: str, account: Reference, now: int) -> None:
         view = _advanced(account, now)
-        for chat_id in view.chats:
-            expected = [
-                (s.started_at, s.ended_at, s.reason, s.free_us, s.paid_us, s.cost)
-                for s in view.segments
-                if s.chat_id == chat_id
+        for chat_id, chat in view.chats.items():
+            segments = [s for s in view.segments if s.chat_id == chat_id]
+            expected: list[tuple[object, ...]] = [
+                (s.started_at, s.ended_at, s.reason, s.ended_at - s.started_at, s.free_us, s.paid_us, s.cost, s.tariff)
+                for s in segments
             ]
+            if chat.open_started_at is not None:
+                length_us, cost = view.at - chat.open_started_at, chat.tariff.cost(chat.count_us)
+                free_us, cost = chat.open_free_us, cost - chat.tariff.cost(chat.open_count)
+                figures_ = (length_us, free_us, length_us - free_us, cost, chat.tariff)
+                expected.append((chat.open_started_at, None, None, *figures_))
             shown = [
                 (
                     instant(item["started_at"]),
                     instant(item["ended_at"]),
                     item["stop_reason"],
-                    item["free_us"],
-                    item["paid_us"],
+                    *(item[name] for name in ("elapsed_us", "free_us", "paid_us")),
                     micro(item["cost"]),
+                    tariff_of(item),
                 )
-                for item in self._choose_api().get_pages(f"/v1/users/{user_id}/chats/{chat_id}/segments")
-                if item["ended_at"] is not None
+                for item in self._pages(f"/v1/users/{user_id}/chats/{chat_id}/segments")
             ]
             _same(f"receipt of {user_id}'s chat {chat_id}", expected, shown)
 
     def _at_ledger(self, user_id: str, belief: Belief) -> None:
-        assert belief.account is not None
-        lines = list(self._choose_api().get_pages(f"/v1/users/{user_id}/ledger"))[::-1]
+        account = belief.account
+        assert account is not None
+        lines = self._pages(f"/v1/users/{user_id}/ledger")[::-1]
         charges = [
-            (item["chat_id"], instant(item["segment_started_at"]), micro(item["amount"]))
+            (item["chat_id"], *(instant(item[name]) for name in ("segment_started_at", "happened_at")), item["amount"])
             for item in lines
             if item["kind"] == "charge"
         ]
-        expected = [(s.chat_id, s.started_at, -s.cost) for s in belief.account.segments if s.cost]
+        expected = [(s.chat_id, s.started_at, s.ended_at, amount(-s.cost)) for s in account.segments if s.cost]
         _same(f"charges of {user_id}", sorted(expected), sorted(charges))
-        booked = Counter((item["kind"], abs(micro(item["amount"]))) for item in lines if item["kind"] != "charge")
-        _same(f"credits of {user_id}", Counter((c.kind, c.amount) for c in belief.credits.values()), booked)
+        booked = Counter((item["kind"], micro(item["amount"])) for item in lines if item["kind"] != "charge")
+        _same(f"credits of {user_id}", Counter((c.kind, _signed(c)) for c in belief.credits.values()), booked)
+        for (owner, _), entry in self._entries.items():
+            if owner == user_id:
+                _same(f"entry {entry['number']} of {user_id}", entry, lines[entry["number"] - 1])
         sum_of = 0
         for number, item in enumerate(lines, start=1):
             sum_of += micro(item["amount"])
             _same(f"ledger of {user_id}", (number, sum_of), (item["number"], micro(item["balance_after"])))
+        _same(f"sum of {user_id}'s ledger", account.credited - sum(s.cost for s in account.segments), sum_of)
+
+
+def _signed(command: Command) -> int:
+    return -command.amount if command.kind in ("refund", "correction") else command.amount
+
+
+def _newest_first(account: Reference) -> list[Chat]:
+    return sorted(account.chats.values(), key=lambda chat: (chat.started_at, chat.chat_id), reverse=True)
 
 
 def _advanced(account: Reference, now: int) -> Reference:
@@ -150,8 +191,7 @@ def _advanced(account: Reference, now: int) -> Reference:
 def _list_mismatch(account: Reference | None, shown: list[Any] | None, now: int) -> str | None:
     if account is None or shown is None:
         return None if account is None and shown is None else "there is an account on one side only"
-    newest_first = sorted(account.chats.values(), key=lambda chat: (chat.started_at, chat.chat_id), reverse=True)
-    expected, listed = [chat.chat_id for chat in newest_first], [body["chat_id"] for body in shown]
+    expected, listed = [chat.chat_id for chat in _newest_first(account)], [body["chat_id"] for body in shown]
     if expected != listed:
         return f"the chats {listed} are listed, and must be {expected}"
     return _readings_mismatch(account, shown, now)

@@ -18,9 +18,12 @@ from typing import Any
 
 from reconciler.sweep import BATCHES_AT_ONCE, Pass, sweep
 from talktime.store.database import Database
+from tests.support import audit_lines
 
 DIE_AT = "x-die-at"
 """The header that dooms an API process: it dies at the so-many-th statement, commit or part of an answer."""
+STALL_AT = "x-stall-at"
+"""The header that makes it stand still there for a moment instead."""
 
 
 class Processes:
@@ -80,7 +83,7 @@ class Reconcilers:
     def __init__(self, url: str) -> None:
         self._databases = [Database(url, pool_size=BATCHES_AT_ONCE) for _ in range(2)]
         self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever)
+        self._thread = Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
     def begin(self, count: int, *, batch_accounts: int) -> list[Future[Pass]]:
@@ -91,6 +94,10 @@ class Reconcilers:
             )
             for database in self._databases[:count]
         ]
+
+    def audit(self) -> list[str]:
+        """Audit what is stored now; returns what is found."""
+        return asyncio.run_coroutine_threadsafe(audit_lines(self._databases[0]), self._loop).result()
 
     def close(self) -> None:
         """Close the connections, and end."""

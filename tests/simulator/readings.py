@@ -48,23 +48,18 @@ _INSTANTS = (
 
 def reading_mismatch(expected: Mapping[str, object], body: Mapping[str, Any]) -> str | None:
     """Say in what a reading differs from what is expected; None if in nothing."""
-    tariff = body["tariff"]
     shown: dict[str, object] = {
         **{name: body[name] for name in (*_AS_IT_IS, *_MICROSECONDS)},
         **{name: micro(body[name]) for name in _CREDITS},
         **{name: instant(body[name]) for name in _INSTANTS},
-        "tariff": reference.Tariff(
-            micro(tariff["credits_per_minute"]),
-            int(Decimal(str(tariff["first_seconds"])) * 1_000_000),
-            int(Decimal(str(tariff["increment_seconds"])) * 1_000_000),
-        ),
+        "tariff": tariff_of(body),
     }
     as_of = shown["as_of"]
     assert isinstance(as_of, int)
     differing = {
         name: (value, shown[name])
         for name, value in expected.items()
-        if value != shown[name] and not (value is BEYOND and _is_beyond(shown[name], as_of))
+        if value != shown[name] and not (value is BEYOND and _is_beyond(name, shown, as_of))
     }
     if not differing:
         return None
@@ -72,8 +67,19 @@ def reading_mismatch(expected: Mapping[str, object], body: Mapping[str, Any]) ->
     return f"chat {body['chat_id']}: {told}"
 
 
-def _is_beyond(shown: object, as_of: int) -> bool:
-    return shown is None or (isinstance(shown, int) and shown > as_of + HORIZON_US)
+def _is_beyond(name: str, shown: Mapping[str, object], as_of: int) -> bool:
+    value, tariff = shown[name], shown["tariff"]
+    if value is None:
+        assert isinstance(tariff, reference.Tariff)
+        return name == "exhausts_at" and tariff.rate == 0  # else it comes, if late
+    return isinstance(value, int) and value > as_of + HORIZON_US
+
+
+def tariff_of(body: Mapping[str, Any]) -> reference.Tariff:
+    """Read the tariff of a reading or of a line of a receipt."""
+    tariff = body["tariff"]
+    blocks_us = (int(Decimal(str(tariff[name])) * 1_000_000) for name in ("first_seconds", "increment_seconds"))
+    return reference.Tariff(micro(tariff["credits_per_minute"]), *blocks_us)
 
 
 def seconds(us: int) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from tests.meter.histories import Card, Settings
-from tests.simulator.processes import DIE_AT
+from tests.simulator.processes import DIE_AT, STALL_AT
 from tests.simulator.readings import amount, seconds
 
 KEY = "a-service-key-for-simulations"
@@ -32,7 +32,7 @@ def differ(where: str, what: object) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A request that changes something: start, heartbeat, pause, stop or credit."""
+    """A request about one user: start, heartbeat, pause, stop, credit, or read, which changes nothing."""
 
     user_id: str
     what: str
@@ -60,28 +60,28 @@ class Api:
     settings: Settings
     _connections: list[http.client.HTTPConnection] = field(default_factory=list)
 
-    def send(self, command: Command, *, die_at: int = 0, connection: int = 0) -> None:
-        """Send a command on one of several connections; the process dies at its `die_at`-th event, if that is not 0."""
-        headers = {}
-        body: object = None
-        if command.what == "credit":
-            path = f"/v1/users/{command.user_id}/credits"
-            body = {"kind": command.kind, "amount": amount(command.amount)}
-        else:
-            path = f"/v1/users/{command.user_id}/chats/{command.chat_id}/{command.what}"
-            if command.what == "start":
-                body = {"advisor_id": command.advisor_id}
+    def send(self, command: Command, *, die_at: int = 0, stall_at: int = 0, connection: int = 0) -> None:
+        """Send a command on one of several connections; the process may die or stand still at an event of it."""
+        headers = {DIE_AT: str(die_at), STALL_AT: str(stall_at)} if die_at or stall_at else {}
         if command.key is not None:
             headers["Idempotency-Key"] = command.key
-        if die_at:
-            headers[DIE_AT] = str(die_at)
-        self._send("POST", path, None if body is None else json.dumps(body), headers, connection)
+        chat = f"/v1/users/{command.user_id}/chats/{command.chat_id}"
+        match command.what:
+            case "read":
+                self._send("GET", chat, None, headers, connection)
+            case "credit":
+                body = {"kind": command.kind, "amount": amount(command.amount)}
+                self._send("POST", f"/v1/users/{command.user_id}/credits", json.dumps(body), headers, connection)
+            case "start":
+                self._send("POST", f"{chat}/start", json.dumps({"advisor_id": command.advisor_id}), headers, connection)
+            case _:
+                self._send("POST", f"{chat}/{command.what}", None, headers, connection)
 
-    def answer(self, connection: int = 0) -> Answer | None:
+    def answer(self, connection: int = 0, *, may_fail: bool = False) -> Answer | None:
         """Wait for the answer to what was sent on a connection; None if the process died on it.
 
         Raises:
-            Difference: it is a server error, or does not come.
+            Difference: it does not come, or is a server error other than the 503 that it may be if it `may_fail`.
         """
         try:
             response = self._connection(connection).getresponse()
@@ -91,6 +91,8 @@ class Api:
         except (ConnectionError, http.client.HTTPException):
             self._connection(connection).close()
             return None
+        if may_fail and response.status == http.client.SERVICE_UNAVAILABLE:
+            return Answer(response.status, None)
         if response.status >= http.client.INTERNAL_SERVER_ERROR:
             differ(f"API process {self.pid}", f"{response.status} {raw.decode()}")
         return Answer(response.status, json.loads(raw))
@@ -100,13 +102,15 @@ class Api:
         self._send("GET", path, None, {}, 0)
         return self._certain(path)
 
-    def get_pages(self, path: str) -> Iterator[Any]:
-        """Read all items of a list."""
+    def get_pages(self, path: str, query: str, *, limit: int) -> Iterator[Any]:
+        """Read all items of a list, in pages of so many."""
         cursor: str | None = ""
         while cursor is not None:
-            page = self.get(f"{path}?limit=200" + (f"&cursor={cursor}" if cursor else "")).body
-            yield from page["items"]
-            cursor = page["next"]
+            answer = self.get(f"{path}?limit={limit}{query}" + (f"&cursor={cursor}" if cursor else ""))
+            if answer.status != http.client.OK:
+                differ(path, answer)
+            yield from answer.body["items"]
+            cursor = answer.body["next"]
 
     def put_card(self, advisor_id: str, card: Card) -> None:
         """Set an advisor's rate card."""
@@ -128,7 +132,10 @@ class Api:
     def _send(self, method: str, path: str, body: str | None, headers: dict[str, str], connection: int) -> None:
         content = {} if body is None else {"Content-Type": "application/json"}
         everything = {"Authorization": f"Bearer {KEY}", **content, **headers}
-        self._connection(connection).request(method, path, body, everything)
+        try:
+            self._connection(connection).request(method, path, body, everything)
+        except ConnectionError:
+            self._connection(connection).close()  # it has died; who asks for the answer will see
 
     def _connection(self, number: int) -> http.client.HTTPConnection:
         while len(self._connections) <= number:

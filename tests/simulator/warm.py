@@ -15,6 +15,7 @@ import random
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,42 +27,49 @@ from reconciler.sweep import sweep
 from talktime.api.app import create_app
 from talktime.settings import load_settings
 from talktime.store.database import Database
-from tests.simulator.processes import DIE_AT
+from tests.simulator.processes import DIE_AT, STALL_AT
+
+STALL_S = 0.01
 
 
-class Doom:
-    """Counts statements, commits and parts of answers down to the process's death."""
+class Fate:
+    """Counts statements, commits and parts of answers, up to the one at which the process dies, or stands still."""
 
-    left = 0
+    def __init__(self) -> None:
+        self.die_at = self.stall_at = self.seen = 0
+
+    def decide(self, die_at: int, stall_at: int) -> None:
+        """Begin to count; 0 is never."""
+        self.die_at, self.stall_at, self.seen = die_at, stall_at, 0
 
     def count(self, *_: object) -> None:
         """Count one."""
-        if self.left:
-            self.left -= 1
-            if not self.left:
-                os.kill(os.getpid(), signal.SIGKILL)
+        self.seen += 1
+        if self.seen == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seen == self.stall_at:
+            time.sleep(STALL_S)  # with all that it holds locked
 
 
-def _serve(listener: socket.socket, url: str, variables: dict[str, str], doom: Doom) -> None:
+def _serve(listener: socket.socket, url: str, variables: dict[str, str], fate: Fate) -> None:
     app: Any = create_app(load_settings(variables), lambda: Database(url))
 
-    async def doomed(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has it
-        die_at = int(dict(scope["headers"]).get(DIE_AT.encode(), 0)) if scope["type"] == "http" else 0
-        if die_at:
-            doom.left = die_at
+    async def fated(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has it
+        headers = dict(scope["headers"]) if scope["type"] == "http" else {}
+        die_at, stall_at = (int(headers.get(name.encode(), 0)) for name in (DIE_AT, STALL_AT))
+        if die_at or stall_at:
+            fate.decide(die_at, stall_at)
 
-        async def send_or_die(message: Any) -> None:  # noqa: ANN401 - as ASGI has it
-            doom.count()
+        async def send_and_count(message: Any) -> None:  # noqa: ANN401 - as ASGI has it
+            fate.count()
             await send(message)
 
-        await app(scope, receive, send_or_die)
-        if die_at:
-            doom.left = 0
+        await app(scope, receive, send_and_count)
+        if die_at or stall_at:
+            fate.decide(0, 0)
 
     # Connections are kept for as long as the simulator may think: a closed one means that the process died.
-    config = uvicorn.Config(
-        doomed, log_config=None, access_log=False, ws="none", lifespan="on", timeout_keep_alive=3600
-    )
+    config = uvicorn.Config(fated, log_config=None, access_log=False, ws="none", lifespan="on", timeout_keep_alive=3600)
     asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
 
 
@@ -93,7 +101,7 @@ def _fork(work: Callable[[], int | None]) -> int:
         os._exit(code)
 
 
-def _answer(request: dict[str, Any], doom: Doom) -> dict[str, int]:
+def _answer(request: dict[str, Any], fate: Fate) -> dict[str, int]:
     match request:
         case {"serve": {"url": str(url), "variables": dict(variables)}}:
             # With the protocol named: asyncio turns off Nagle's algorithm only then.
@@ -101,11 +109,11 @@ def _answer(request: dict[str, Any], doom: Doom) -> dict[str, int]:
                 listener.bind(("127.0.0.1", 0))
                 listener.listen()  # so that whoever comes too early waits
                 port = int(listener.getsockname()[1])
-                return {"pid": _fork(lambda: _serve(listener, url, variables, doom)), "port": port}
+                return {"pid": _fork(lambda: _serve(listener, url, variables, fate)), "port": port}
         case {"sweep": {"url": str(url), "batch_accounts": int(batch_accounts), "die_at": int(die_at)}}:
-            doom.left = die_at
+            fate.decide(die_at, 0)
             pid = _fork(lambda: _sweep(url, batch_accounts))
-            doom.left = 0
+            fate.decide(0, 0)
             return {"pid": pid}
         case {"wait": int(pid)}:
             return {"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
@@ -117,14 +125,14 @@ def _answer(request: dict[str, Any], doom: Doom) -> dict[str, int]:
 
 def main() -> None:
     """Answer until the input ends."""
-    doom = Doom()
-    event.listen(Engine, "before_cursor_execute", doom.count)
-    event.listen(Engine, "commit", doom.count)
+    fate = Fate()
+    event.listen(Engine, "before_cursor_execute", fate.count)
+    event.listen(Engine, "commit", fate.count)
     gc.freeze()  # what is there now stays; those that are forked need not look at it again and again
     started: set[int] = set()
     for line in sys.stdin:
         request = json.loads(line)
-        answer = _answer(request, doom)
+        answer = _answer(request, fate)
         if "pid" in answer:
             started.add(answer["pid"])
         started.discard(request.get("wait", 0))
