@@ -9,13 +9,13 @@ account         `balance`: credits less the cost of all segments, gone through f
                 is stored, and between the chats' abandonments.
 allowance       `used_us`: the free time of the pair's segments. `granted_us`: the same if the pair has a paid tick, for
                 free time is used first; else no less than that. A row for each pair that has a chat.
-chat            `elapsed_us`, `free_us`, `cost`, `count_us`: from its segments and the open one. `opened_count_us`: the
-                count goes on, or begins anew with a start at another tariff. `stopped_at`, `stop_reason`: the end of
-                its last segment, or of a start that left none, which was a sign of life and is in the `revision`.
-                `state`: fits these, lease and abandonment, and what the balance can pay. `last_heartbeat_at`,
-                `lease_us`, `abandon_after_us`: fit state and stop. `started_at`: no later than its first segment.
-                `revision`: at least what its history takes. `advisor_id`: the segments'. `opened_at`, its tariff: no
-                overlap, and by the totals. Not known: `start_key`, earlier leases.
+chat            `elapsed_us`, `free_us`, `cost`: from its segments and the open one. `count_us`: likewise, or begun
+                anew. `opened_count_us`: the count goes on, or begins anew with a start at another tariff.
+                `stopped_at`, `stop_reason`: the end of its last segment, or of a start that left none, which was a
+                sign of life and is in the `revision`. `state`: fits these, lease and abandonment, and what the balance
+                can pay. `last_heartbeat_at`, `lease_us`, `abandon_after_us`: fit state and stop. `started_at`: no later
+                than its first segment. `revision`: at least what its history takes. `advisor_id`: the segments'.
+                `opened_at`, its tariff: no overlap, and by the totals. Not known: `start_key`, earlier leases.
 segment         `free_us`, `paid_us`: the seniors take free ticks first. `cost`: priced again. `count_us`: goes on.
                 `started_at`, `ended_at`: the time between is the free and the paid time, none overlap, and the ledger
                 knows both. `reason`: `exhausted` only when the balance could not pay; `switched` only when another
@@ -38,6 +38,7 @@ of an account are its clocks that run at one time and a few figures for each adv
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,9 +47,10 @@ from reconciler.chats import ChatLaws
 from reconciler.differences import Findings, instant
 from reconciler.ledger import LedgerLaws
 from reconciler.replay import Pair, Replay, Stretch, closed, still_open
+from talktime.errors import DatabaseUnavailable
 from talktime.meter.state import RESUMABLE
 from talktime.meter.units import format_credits
-from talktime.store.history import AccountRow, Histories, load_buckets, open_histories
+from talktime.store.history import AccountRow, Histories, load_accounts, load_buckets, open_histories
 from talktime.store.tables import bucket_of
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from talktime.meter.state import Allowance
     from talktime.store.database import Database
     from talktime.store.ledger import LedgerEntry
+
+log = logging.getLogger("reconciler")
 
 BATCH_ACCOUNTS = 200
 
@@ -138,14 +142,37 @@ async def _batch(
     database: Database, bucket: int, after: str, limit: int, go_on: Callable[[], None]
 ) -> tuple[list[Findings], str | None]:
     """Check the next accounts of a bucket; returns the last user id too, or None if the bucket has no more."""
+    held: list[str] = []
 
     async def work(connection: AsyncConnection) -> list[Findings]:
         go_on()
-        async with open_histories(connection, bucket=bucket, after=after, limit=limit, before_page=go_on) as histories:
-            return [await _check(account, histories) for account in histories.accounts]
+        accounts = await load_accounts(connection, bucket=bucket, after=after, limit=limit)
+        held[:] = [account.user_id for account in accounts]
+        async with open_histories(connection, accounts, bucket=bucket, after=after, before_page=go_on) as histories:
+            return [await _check(account, histories) for account in accounts]
 
-    found = await database.snapshot(work, patient=True)
-    return found, found[-1].user_id if len(found) == limit else None
+    try:
+        found = await database.snapshot(work, patient=True)
+    except (DatabaseUnavailable, _Stopped):
+        raise
+    except Exception as error:
+        # What cannot even be read, one that was tampered with for instance, must not hide what is wrong with others.
+        if not held:
+            raise
+        if len(held) == 1:
+            log.exception("account %r cannot be checked", held[0])
+            found = [_unreadable(held[0], error)]
+        else:
+            found = []
+            for before in [after, *held[:-1]]:
+                found += (await _batch(database, bucket, before, 1, go_on))[0]
+    return found, held[-1] if len(held) == limit else None
+
+
+def _unreadable(user_id: str, error: Exception) -> Findings:
+    findings = Findings(user_id)
+    findings.add("account", f"not to be read ({type(error).__name__})", "what can be", 0)
+    return findings
 
 
 async def _check(account: AccountRow, histories: Histories) -> Findings:

@@ -33,8 +33,12 @@ LISTED_MAX = 100
 
 
 def instant(us: int) -> str:
-    """Write an instant as RFC 3339 in UTC with microseconds."""
-    return f"{(EPOCH + timedelta(microseconds=us)).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+    """Write an instant as RFC 3339 in UTC with microseconds; one that no calendar has, in microseconds."""
+    try:
+        at = EPOCH + timedelta(microseconds=us)
+    except OverflowError:
+        return f"{us} us after 1970"
+    return f"{at.replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 @dataclass(frozen=True, slots=True)

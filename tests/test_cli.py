@@ -38,6 +38,7 @@ WRONG_SETTINGS = [
     ("TALKTIME_RECONCILE_SECONDS", "0.0000001"),
     ("TALKTIME_USER_MAY", "everything"),
     ("TALKTIME_CORS_ORIGINS", "https://app.example.com/"),
+    ("TALKTIME_CONNECTIONS_MAX", "0"),
 ]
 
 

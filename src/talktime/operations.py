@@ -340,13 +340,13 @@ async def ready(service: Service) -> None:
     """Check that requests can be served.
 
     Raises:
-        DatabaseUnavailable: the database does not answer, or lacks its tables.
+        DatabaseUnavailable: the database does not answer, lacks its tables, or does not let this login write to them.
     """
-    found = await service.database.read(
-        lambda connection: connection.scalar(text("SELECT to_regclass('account') IS NOT NULL"))
+    may_write = await service.database.read(
+        lambda connection: connection.scalar(text("SELECT has_table_privilege(to_regclass('account'), 'INSERT')"))
     )
-    if not found:
-        message = "the database has no talktime tables: run `talktime migrate`"
+    if not may_write:
+        message = "the database has no talktime tables that this login may write to: run `talktime migrate`"
         raise DatabaseUnavailable(message)
 
 

@@ -131,7 +131,7 @@ async def _run(plan: _Plan, stop: asyncio.Event) -> None:
             await database.close()  # else the application does
             raise
     app = create_app(settings, lambda: database, pages=pages(plan.demo))
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send
     make_logs_discreet()
     server = Server(app, connections_max=_room_for(settings.connections_max))
     async with asyncio.TaskGroup() as tasks:

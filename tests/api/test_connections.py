@@ -228,8 +228,13 @@ async def test_connections_beyond_the_limit_are_told_so_and_those_before_go_on()
         for one in first:
             one.say(LIVE)
             assert 200 == (await one.answer())[0]
+        looking = await stack.enter_async_context(wire(client))
+        looking.say(LIVE)
+        assert 200 == (await looking.answer())[0]
+        looking.writer.close()
+        await asyncio.sleep(0.2)
         surplus = await stack.enter_async_context(wire(client))
-        surplus.say(LIVE)
+        surplus.say(LIVE.replace("/livez", "/v1/advisors/a1"))
         problem = await surplus.problem(503, "unavailable")
         assert ("1", "close") == (problem["headers"]["retry-after"], problem["headers"]["connection"])
         assert await surplus.is_closed()

@@ -26,6 +26,8 @@ from tests.api.requests import AUTH, KEY, problem_of
 from tests.api.tokens import SECRET, VARIABLES, bearer, claims_for, live_token
 from tests.web.server import COOKIE, SIGN_IN, console, page_of
 
+REFUSED = "TALKTIME_REFUSED_REQUESTS_PER_SECOND"
+
 ACCOUNT = "/v1/users/{}/account"
 
 
@@ -189,8 +191,9 @@ def test_a_token_that_has_expired_is_no_guess_and_counts_for_its_user_alone() ->
         for headers in old:
             assert [401, 401, 401] == statuses(client, 3, "/v1/advisors/a1", headers)
         assert [401, 429] == statuses(client, 2, "/v1/advisors/a1", old[0])
-        # They left what is for guesses untouched.
+        # They left what is for guesses untouched, and what is for the user: anybody may hold an old token.
         assert [401, 401, 429] == statuses(client, 3, "/v1/advisors/a1", {})
+        assert 503 == statuses(client, 1, ACCOUNT.format("u0"), bearer(live_token("u0")))[0]
 
 
 async def test_made_up_cookies_cost_no_query_each_and_keep_nobody_out(database_url: URL) -> None:
@@ -200,7 +203,7 @@ async def test_made_up_cookies_cost_no_query_each_and_keep_nobody_out(database_u
         nonlocal asked
         asked += "console_session" in statement
 
-    async with console(database_url, TALKTIME_REFUSED_REQUESTS_PER_SECOND="5") as operator:
+    async with console(database_url, **{REFUSED: "5"}) as operator:
         event.listen(Engine, "before_cursor_execute", count)
         try:
             for number in range(100):
@@ -216,7 +219,7 @@ async def test_made_up_cookies_cost_no_query_each_and_keep_nobody_out(database_u
 
 
 async def test_signing_in_by_guessing_is_held_off_and_who_has_a_key_gets_in(database_url: URL) -> None:
-    async with console(database_url, key=None, TALKTIME_REFUSED_REQUESTS_PER_SECOND="1") as client:
+    async with console(database_url, key=None, **{REFUSED: "1"}) as client:
         found = [(await client.post(SIGN_IN, data={"key": f"guess-{number}"})).status_code for number in range(4)]
         assert [403, 403, 429, 429] == found
         assert 303 == (await client.post(SIGN_IN, data={"key": KEY})).status_code
@@ -231,3 +234,11 @@ def test_cookies_that_were_good_are_not_kept_without_end() -> None:
     limits.forget_cookie("c0")
     limits.forget_cookie(f"c{COOKIES_MAX + 9}")
     assert COOKIES_MAX - 1 == len(limits._cookies)
+
+
+async def test_guesses_do_not_use_up_what_is_for_sessions_that_a_process_does_not_know(database_url: URL) -> None:
+    async with console(database_url) as operator, console(database_url, key=None, **{REFUSED: "1"}) as restarted:
+        for _ in range(5):
+            guess = await restarted.get("/v1/advisors/a1", headers={"Authorization": "Bearer no-key"})
+        problem_of(guess, 429, "too-many-requests")
+        page_of(await restarted.get("/console", headers={"Cookie": f"{COOKIE}={operator.cookies[COOKIE]}"}))

@@ -215,3 +215,19 @@ def test_a_large_account_is_gone_through_to_its_end(database_url: URL) -> None:
         "user 'big': ledger entry 3501: amount is -1.000000, derived -1.000001; since T",
         "user 'big': chat 'c': cost is 3500.000000, derived 3500.000001; since T",
     ] == sorted(found, key=lambda line: (line.startswith("user 'big': chat 'c': cost"), line))
+
+
+async def test_an_account_that_cannot_be_read_hides_nothing_of_the_others(database_url: URL) -> None:
+    async with open_service(database_url) as service:
+        neighbours = sorted(f"u{n}" for n in range(3000) if bucket_of(f"u{n}") == bucket_of("u0"))
+        for user_id in neighbours:
+            await operations.credit(service, user_id, kind=CreditKind.PURCHASE, amount=CREDIT, memo="", key="k")
+    with connect(database_url) as admin:
+        admin.execute("UPDATE ledger_entry SET happened_at = 'infinity' WHERE user_id = %s", [neighbours[1]])
+        admin.execute("UPDATE account SET balance = balance + 1 WHERE user_id = %s", [neighbours[2]])
+    done = _run(database_url, *AUDIT)
+    assert 1 == done.returncode
+    told = done.stdout.splitlines()
+    assert [neighbours[1], neighbours[2]] == [line.split("'")[1] for line in told]
+    assert "not to be read" in told[0]
+    assert "balance is 1.000001, derived 1.000000" in told[1]

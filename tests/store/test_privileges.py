@@ -9,13 +9,15 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config
 from psycopg import sql
 from sqlalchemy import text
 from sqlalchemy.engine import URL, make_url
 
 from reconciler.sweep import sweep_and_record
 from talktime import operations
-from talktime.errors import SchemaError
+from talktime.errors import DatabaseUnavailable, SchemaError
 from talktime.meter.state import CreditKind
 from talktime.store.database import APPLICATION_ROLE, Database
 from talktime.store.embedded import embedded_postgres
@@ -34,6 +36,11 @@ FIXED = {
     "service_key": {"name", "digest", "created_at"},
 }
 DELETED_FROM = {"console_session", "reconciler_pass"}
+
+
+@pytest.fixture
+def alembic(pytestconfig: pytest.Config) -> Config:
+    return Config(toml_file=pytestconfig.rootpath / "pyproject.toml")
 
 
 @pytest.fixture
@@ -128,14 +135,53 @@ async def test_a_login_that_may_not_take_the_role_says_so_once(
         admin.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {login.username}")
     async with open_service(login) as service:
         await asyncio.gather(*(operations.start(service, f"u{n}", "c1", advisor_id="a1", key=None) for n in range(3)))
-    assert caplog.messages == [f"this login may not take the role {APPLICATION_ROLE}: it keeps privileges of its own"]
+    [said] = caplog.messages
+    assert f"it may not take the role {APPLICATION_ROLE}" in said
 
 
-async def test_a_database_that_was_never_migrated_can_be_asked(empty_database_url: URL) -> None:
+async def test_a_database_that_is_behind_others_of_its_server_is_served_as_before(
+    database_url: URL, alembic: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The role is there, made for another database of the server; its privileges here are not.
+    alembic.attributes["url"] = database_url
+    command.downgrade(alembic, "0002")
+    async with open_service(database_url) as service:
+        await operations.start(service, "u1", "c1", advisor_id="a1", key=None)
+        await operations.ready(service)
+    assert "`talktime migrate`" in caplog.text
+    upgrade(database_url)
+    assert await _whoami(database_url) == APPLICATION_ROLE
+
+
+async def test_a_database_that_was_never_migrated_says_so(empty_database_url: URL) -> None:
+    async with open_service(empty_database_url) as service:
+        with pytest.raises(DatabaseUnavailable, match="talktime migrate"):
+            await operations.ready(service)
+
+
+async def test_a_login_that_may_do_nothing_here_is_told_so_and_not_ready(login: URL) -> None:
+    async with open_service(login) as service:
+        with pytest.raises(DatabaseUnavailable, match="does not allow this login"):
+            await operations.start(service, "u1", "c1", advisor_id="a1", key=None)
+        with pytest.raises(DatabaseUnavailable, match="may write to"):
+            await operations.ready(service)
+
+
+async def test_tables_in_the_logins_own_schema_stay_in_sight(empty_database_url: URL) -> None:
+    name = f"talktime_test_{secrets.token_hex(4)}"
     with connect(empty_database_url) as admin:
-        user = admin.execute("SELECT current_user").fetchone()
-    assert user is not None
-    assert await _whoami(empty_database_url) in (user[0], APPLICATION_ROLE)
+        admin.execute(sql.SQL("CREATE ROLE {0} LOGIN PASSWORD 'test' CREATEROLE").format(sql.Identifier(name)))
+        admin.execute(sql.SQL("CREATE SCHEMA {0} AUTHORIZATION {0}").format(sql.Identifier(name)))
+        admin.execute(f"GRANT {APPLICATION_ROLE} TO {name}")
+        url = empty_database_url.set(username=name, password="test")
+        try:
+            upgrade(url)
+            assert await _whoami(url) == APPLICATION_ROLE
+            async with open_service(url) as service:
+                await operations.start(service, "u1", "c1", advisor_id="a1", key=None)
+                await operations.ready(service)
+        finally:
+            admin.execute(sql.SQL("DROP OWNED BY {0} CASCADE; DROP ROLE {0}").format(sql.Identifier(name)))
 
 
 def test_who_may_not_make_the_role_is_told_who_may(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Gate:
             person = self._verify(credential) if digest is None else None
         except ExpiredToken as expired:
             # No guess: the host product signed it. Pages learn so that they need the next one, each on its own account.
-            self.limits.count_person(expired.caller)
+            self.limits.count_expired(expired.caller)
             raise
         except Refusal:
             self.limits.count_refused(scope)

@@ -21,7 +21,7 @@ from litestar.openapi.spec import OpenAPIType, Schema
 from msgspec import Struct
 
 from talktime.api.params import ID_RULE, ID_SCHEMA, is_id
-from talktime.api.problems import FRAMEWORK, Fault, Refusal, refuse_input
+from talktime.api.problems import FAULTS_MAX, FRAMEWORK, Fault, Refusal, refuse_input
 from talktime.meter.state import CreditKind, RateCard, Tariff
 from talktime.meter.units import (
     MAX_AMOUNT,
@@ -36,7 +36,7 @@ from talktime.meter.units import (
 
 T = TypeVar("T", bound=Struct)
 
-BODY_BYTES_MAX = 1024 * 1024
+BODY_BYTES_MAX = 64 * 1024
 BODY_SECONDS_MAX = 10
 """How long a client may take to send its body, once its headers are there."""
 MEMO_LENGTH_MAX = 500
@@ -311,6 +311,8 @@ def _faults(shape: type[Struct], raw: bytes) -> list[Fault]:
         if field.required and name not in document
     ]
     for name, value in document.items():
+        if len(faults) > FAULTS_MAX:
+            break
         pointer = f"/{name.replace('~', '~0').replace('/', '~1')}"
         if name not in fields:
             faults.append(Fault("is not known here", pointer=pointer))

@@ -92,7 +92,7 @@ class Connection(H11Protocol):
             transport.abort()
         elif surplus > 0:
             self._is_surplus = True
-            self.app = cast("Any", _too_many)
+            self.app = cast("Any", _Full(cast("ASGIApp", self.app)))
 
     def cut_if_overdue(self, now: float) -> None:
         """Cut the connection if what it was busy with when it was last looked at has taken too long."""
@@ -200,9 +200,18 @@ class _Exchange:
         self._giving_up = self._loop.create_task(_say(answer, self._send))
 
 
-async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - an ASGI application
-    answer = raw_problem(UNAVAILABLE, "there are too many connections; try again", {"connection": "close"})
-    await _say(answer, send)
+class _Full:
+    """An application that is for those who look whether the process is alive, and nobody else."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == ScopeType.HTTP and scope["path"] == "/livez":
+            await self._app(scope, receive, send)
+            return
+        answer = raw_problem(UNAVAILABLE, "there are too many connections; try again", {"connection": "close"})
+        await _say(answer, send)
 
 
 async def _say(answer: RawProblem, send: Send) -> None:

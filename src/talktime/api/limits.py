@@ -72,7 +72,7 @@ class Limits:
 
     Users and advisors are counted by their ids, services by their keys. Those without a credential in force are counted
     by the address that they come from, and only after the credential was looked at: who has a good one is let in,
-    whatever else comes from behind the same proxy.
+    whatever else comes from behind the same proxy. Only cookies that this process does not know are counted before.
     """
 
     def __init__(self, limits: RequestLimits, *, ticks: Ticks = monotonic_ns) -> None:
@@ -80,8 +80,10 @@ class Limits:
             return None if per_second is None else Rate(per_second, ticks=ticks)
 
         self._people = rate(limits.per_user)
+        self._expired = rate(limits.per_user)
         self._services = rate(limits.per_service)
         self._refused = rate(limits.refused)
+        self._unknown_cookies = rate(limits.refused)
         self._cookies: OrderedDict[bytes, None] = OrderedDict()
 
     def count_person(self, caller: UserCaller | AdvisorCaller) -> None:
@@ -91,6 +93,15 @@ class Limits:
             Refusal: there were too many.
         """
         if self._people is not None and not self._people.take(caller):
+            raise refuse_flood()
+
+    def count_expired(self, caller: UserCaller | AdvisorCaller) -> None:
+        """Count a request with a token that was good once: beside the others, for anybody may hold an old one.
+
+        Raises:
+            Refusal: there were too many.
+        """
+        if self._expired is not None and not self._expired.take(caller):
             raise refuse_flood()
 
     def count_service(self, digest: bytes) -> None:
@@ -117,8 +128,9 @@ class Limits:
         Raises:
             Refusal: there were too many from this client's address.
         """
-        if digest_of(cookie) not in self._cookies:
-            self.count_refused(scope)
+        is_known = digest_of(cookie) in self._cookies
+        if not is_known and self._unknown_cookies is not None and not self._unknown_cookies.take(_place_of(scope)):
+            raise refuse_flood()
 
     def remember_cookie(self, cookie: str) -> None:
         """Do not count this cookie from now on: it names a session."""

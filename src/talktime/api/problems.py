@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
 
+FAULTS_MAX = 20
+"""An answer must not cost many times what the request did."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -109,8 +112,12 @@ class Refusal(Exception):
 
 
 def refuse_input(*faults: Fault) -> Refusal:
-    """Return the refusal of a request with these faults."""
-    return Refusal(INVALID_INPUT, "; ".join(f"{_place_of(fault)}{fault.detail}" for fault in faults), faults)
+    """Return the refusal of a request with these faults, of which the first `FAULTS_MAX` are told."""
+    told = faults[:FAULTS_MAX]
+    details = [f"{_place_of(fault)}{fault.detail}" for fault in told]
+    if len(faults) > len(told):
+        details.append("and more")
+    return Refusal(INVALID_INPUT, "; ".join(details), told)
 
 
 def refuse_credential(detail: str = "the bearer credential is not valid here") -> Refusal:

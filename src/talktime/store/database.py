@@ -37,10 +37,18 @@ _SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '
 APPLICATION_ROLE = "talktime_app"
 """The role with no more privileges than the application needs; a migration makes it, and says which they are."""
 
-# Since PostgreSQL 16 a member of a role need not be allowed to take it.
+# Since PostgreSQL 16 a member of a role need not be allowed to take it. The role is the server's, its privileges are
+# this database's: where that has not been migrated yet, or no longer is, there are none.
 _MAY_TAKE_ROLE = """
 SELECT pg_has_role(oid, CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER' ELSE 'SET' END)
+    AND has_table_privilege(oid, to_regclass('account'), 'INSERT')
 FROM pg_roles WHERE rolname = %s
+"""
+# The schemas that the login sees: "$user" in a search path would mean the role from now on.
+_KEEP_SCHEMAS = """
+SELECT set_config('search_path', array_to_string(ARRAY(
+    SELECT quote_ident(name) FROM unnest(current_schemas(false)) name
+), ', '), false)
 """
 
 _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
@@ -49,6 +57,7 @@ _DEADLOCK_OR_SERIALIZATION = ("40P01", "40001")
 _UNAVAILABLE = ("08", "53", "57", "58", "25006", "25P03")
 _LOCK_NOT_AVAILABLE = "55P03"
 _NOT_MIGRATED = ("42P01", "42703")
+_NOT_ALLOWED = "42501"
 
 
 @contextmanager
@@ -145,10 +154,15 @@ class Database:
         cursor.execute(_MAY_TAKE_ROLE, (APPLICATION_ROLE,))
         found = cursor.fetchone()
         if found is not None and found[0]:
+            cursor.execute(_KEEP_SCHEMAS)
             cursor.execute(f"SET ROLE {APPLICATION_ROLE}")
-        elif found is not None and not self._told_of_role:
+        elif not self._told_of_role:
             self._told_of_role = True
-            log.warning("this login may not take the role %s: it keeps privileges of its own", APPLICATION_ROLE)
+            log.warning(
+                "working with the login's own privileges: it may not take the role %s, or `talktime migrate` is to be"
+                " run on this database",
+                APPLICATION_ROLE,
+            )
         cursor.close()
         connection.autocommit = False
 
@@ -167,6 +181,9 @@ def _translated(error: DBAPIError) -> Exception:
         return LockTimeout("somebody else holds this account for too long")
     if state in _NOT_MIGRATED:
         return DatabaseUnavailable("the database lacks talktime's present tables: run `talktime migrate`")
+    if state == _NOT_ALLOWED:
+        log.error("the login lacks a privilege: %s", str(error.orig).partition("\n")[0])
+        return DatabaseUnavailable("the database does not allow this login what talktime needs")
     lost = error.connection_invalidated or (isinstance(error.orig, psycopg.OperationalError) and not state)
     if lost or state.startswith(_UNAVAILABLE) or state in _DEADLOCK_OR_SERIALIZATION:
         # The client is told no more; the operator is. The driver's words hold no password.

@@ -108,14 +108,13 @@ class Rows(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Histories:
-    """A batch of accounts by user id, and all that is stored of them, each in the order in which it is to be read.
+    """All that is stored of a batch of accounts, by user id, each in the order in which it is to be read.
 
     `chats` are by chat id; `segments`, keyed by user and chat, by their beginning; `charges`, the ledger's lines for
     segments, by chat and segment; `entries`, all of its lines, by number. `timeline` are the segments again, in the
     order in which they began, and `credits` the instants and amounts of all entries but charges.
     """
 
-    accounts: list[AccountRow]
     allowances: Rows[tuple[str, Allowance]]
     chats: Rows[Chat]
     segments: Rows[Segment]
@@ -137,19 +136,28 @@ async def is_unused(connection: AsyncConnection) -> bool:
     return card is None and not await load_buckets(connection)
 
 
-@asynccontextmanager
-async def open_histories(
-    connection: AsyncConnection, *, bucket: int, after: str, limit: int, before_page: Callable[[], None]
-) -> AsyncIterator[Histories]:
-    """Read the next accounts of a bucket beyond the user id `after`; for one snapshot, so that all of it agrees.
-
-    `before_page` is called before each look at the database, and may raise to end it all.
-    """
+async def load_accounts(connection: AsyncConnection, *, bucket: int, after: str, limit: int) -> list[AccountRow]:
+    """Read the next accounts of a bucket beyond the user id `after`."""
     found = await connection.execute(_ACCOUNTS, {"in_bucket": bucket, "after_user": after, "at_most": limit})
-    accounts = [
+    return [
         AccountRow(row.bucket, row.user_id, row.balance, row.materialized_through, row.next_entry, row.due_at)
         for row in found.all()
     ]
+
+
+@asynccontextmanager
+async def open_histories(
+    connection: AsyncConnection,
+    accounts: list[AccountRow],
+    *,
+    bucket: int,
+    after: str,
+    before_page: Callable[[], None],
+) -> AsyncIterator[Histories]:
+    """Read all that is stored of the accounts that `load_accounts` found; in its snapshot, so that all of it agrees.
+
+    `before_page` is called before each look at the database, and may raise to end it all.
+    """
     batch = {"in_bucket": bucket, "after_user": after, "last_user": accounts[-1].user_id if accounts else after}
     async with AsyncExitStack() as open_cursors:
 
@@ -158,7 +166,6 @@ async def open_histories(
             return Rows(await open_cursors.enter_async_context(stream), key, value_of, before_page)
 
         yield Histories(
-            accounts,
             await rows(_ALLOWANCES, lambda row: (row.advisor_id, Allowance(row.granted_us, row.used_us)), "user_id"),
             await rows(_CHATS, chat_from, "user_id"),
             await rows(_SEGMENTS, segment_from, "user_id", "chat_id"),

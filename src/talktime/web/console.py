@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FORM_BYTES_MAX = 16 * 1024
+"""Nobody has to sign in to send the form with which one does."""
+
 _SENTENCES = {
     400: ("This is not understood", "The link or the form is not one of this console's."),
     403: ("This is not allowed", "Nothing was changed. Open the page again, and send the form from there."),
@@ -62,6 +65,7 @@ def console_router() -> Router:
         HOME,
         route_handlers=[sign_in_page, sign_in, sign_out, unknown, *views.HANDLERS],
         before_request=admit,
+        request_max_body_size=FORM_BYTES_MAX,
         exception_handlers={
             HTTPException: answer_framework_error,
             Refusal: answer_refusal,
@@ -130,6 +134,7 @@ async def sign_out(request: Request[Any, Any, Any]) -> Response[str]:
     """Close the session."""
     session: Session = request.auth
     await keys.close_session(service_of(request).database, session.token)
+    _limits_of(request).forget_cookie(session.token)
     response = redirect(SIGN_IN)
     response.set_cookie(cookie_of(request, "", 0))
     return response
