@@ -38,11 +38,15 @@ class Circumstances:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A command that was sent, where it met with what, and its answer; None if there was none."""
+    """A command that was sent, what it met with, and its answer; None if there was none.
+
+    One that `follows` is the second part of the one before it.
+    """
 
     command: Command
     circumstances: Circumstances
     answer: Answer | None
+    follows: bool = False
 
     def answered(self, status: int) -> bool:
         """Whether this was the answer's status."""
@@ -127,26 +131,17 @@ def _events_of(sent: Sent) -> list[Sent]:
     if sent.command.what != "heartbeat" or not sent.circumstances.raced or not sent.answered(_OK):
         return [sent]
     reading = replace(sent.command, what="read")
-    return [replace(sent, answer=Answer(_OK, None)), Sent(reading, sent.circumstances, sent.answer)]
+    return [replace(sent, answer=Answer(_OK, None)), Sent(reading, sent.circumstances, sent.answer, follows=True)]
 
 
 def _orders(events: Sequence[Sent], instants: Sequence[int], passes: int) -> Iterator[list[tuple[Sent | None, int]]]:
     """Yield each order of the events, and of passes (None), with the instant of each: later ones are not earlier."""
     for made in range(passes + 1):
         for order in set(permutations([*range(len(events)), *[-1] * made])):
-            if any(_is_reading_before_its_beat(events, order, n) for n in range(1, len(events))):
+            if any(event.follows and order.index(n) < order.index(n - 1) for n, event in enumerate(events)):
                 continue
             for times in combinations_with_replacement(instants, len(order)):
                 yield [(None if n < 0 else events[n], now) for n, now in zip(order, times, strict=True)]
-
-
-def _is_reading_before_its_beat(events: Sequence[Sent], order: Sequence[int], n: int) -> bool:
-    is_of_beat = events[n - 1].command.what == "heartbeat" and events[n].answer is not None
-    return (
-        is_of_beat
-        and events[n].command == replace(events[n - 1].command, what="read")
-        and order.index(n) < order.index(n - 1)
-    )
 
 
 def _fold(
