@@ -6,10 +6,13 @@ The sums are made here once more, without the product's code and without the aud
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from psycopg import IsolationLevel
@@ -18,6 +21,7 @@ from psycopg.rows import dict_row
 from tests.database import connect
 from tests.faults.chats import Json
 from tests.faults.load import Load
+from tests.faults.processes import Cluster, passes_after, until
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -31,6 +35,7 @@ class Books:
 
     accounts: Sequence[Row]
     chats: Sequence[Row]
+    allowances: Sequence[Row]
     segments: Sequence[Row]
     entries: Sequence[Row]
 
@@ -43,6 +48,7 @@ class Claims:
     revisions: dict[tuple[str, str], int]
     opened: set[tuple[str, str, str]]
     closed: set[tuple[str, str, str, str]]
+    leases: Mapping[tuple[str, str], Sequence[tuple[str, str]]]
 
 
 def claims_of(load: Load) -> Claims:
@@ -53,6 +59,7 @@ def claims_of(load: Load) -> Claims:
         {place: chat.revision_min for place, chat in chats},
         {(*place, instant) for place, chat in chats for instant in chat.opened},
         {(*place, instant, reason) for place, chat in chats for instant, reason in chat.closed},
+        {place: tuple(chat.leases) for place, chat in chats},
     )
 
 
@@ -67,6 +74,7 @@ def read_books(url: URL) -> Books:
                 for table, order in (
                     ("account", "1"),
                     ("chat", "chat_id"),
+                    ("allowance", "advisor_id"),
                     ("segment", "chat_id, started_at"),
                     ("ledger_entry", "number"),
                 )
@@ -80,7 +88,10 @@ async def check_books(load: Load, url: URL) -> Books:
     books = await asyncio.to_thread(read_books, url)
     _check_credits(load, claims, books)
     _check_chats(claims, books)
-    _check_sums(books)
+    _check_leases(claims, books)
+    stretches = _stretches(books)
+    _check_stretches(books, stretches)
+    _check_ledger(books, stretches)
     return books
 
 
@@ -91,6 +102,26 @@ def check_closed_books(load: Load, books: Books) -> None:
     for chat in books.chats:
         known = load.chats[chat["user_id"], chat["chat_id"]]
         assert known.revision_min <= chat["revision"] <= known.revision_max, (chat, known)
+
+
+async def close_books(load: Load, running: Cluster, url: URL) -> Books:
+    """Have reconcilers pass and a load end, and check that nothing is lost, doubled or amiss: all went on by itself."""
+    passes = [partial(passes_after, reconciler, len(reconciler.output)) for reconciler in running.reconcilers]
+    await asyncio.gather(*(until(passed, "a pass") for passed in passes))
+    await load.finish()
+    await load.settle()
+    await load.ask_all()
+    code, out, err = await running.run("reconcile")
+    assert (0, "") == (code, out), err
+    await load.ask_all()
+    books = await check_books(load, url)
+    check_closed_books(load, books)
+    await running.audit()
+    for program in running.programs:
+        # What was up ended only when it was killed, whatever happened to the others.
+        assert [-signal.SIGKILL] * program.kills == program.ends, (program.name, program.output[-2_000:])
+        assert not program.traces, (program.name, program.traces[:3])
+    return books
 
 
 def shown(instant: datetime) -> str:
@@ -136,6 +167,20 @@ def _check_chats(claims: Claims, books: Books) -> None:
         assert over[stop] == 1, f"{over[stop]} segments end as was acknowledged in {stop}"
 
 
+def _check_leases(claims: Claims, books: Books) -> None:
+    """A heartbeat may leave nothing but a later end of its lease: no clock stopped, or is to stop, before that."""
+    for chat in books.chats:
+        ends = shown(chat["last_heartbeat_at"] + timedelta(microseconds=chat["lease_us"]))
+        for lease in claims.leases[chat["user_id"], chat["chat_id"]]:
+            assert lease[1] <= ends, f"the acknowledged lease {lease} is not in {chat}"
+    for segment in books.segments:
+        if segment["reason"] == "lapsed":
+            began, ended = shown(segment["started_at"]), shown(segment["ended_at"])
+            for as_of, until_when in claims.leases[segment["user_id"], segment["chat_id"]]:
+                early = began <= as_of < ended < until_when
+                assert not early, f"it had been acknowledged at {as_of} to run until {until_when}: {segment}"
+
+
 def _cost(tariff: Row, count_us: int) -> int:
     blocks_us = count_us
     if 0 < count_us <= tariff["first_us"]:
@@ -146,42 +191,67 @@ def _cost(tariff: Row, count_us: int) -> int:
     return int(-(-tariff["rate"] * blocks_us // 60_000_000))
 
 
-def _check_sums(books: Books) -> None:
-    entries: dict[str, list[Row]] = defaultdict(list)
-    for entry in books.entries:
-        entries[entry["user_id"]].append(entry)
-    segments: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for segment in books.segments:
-        segments[segment["user_id"], segment["chat_id"]].append(segment)
-    accrued: Counter[str] = Counter()
+def _stretches(books: Books) -> list[Row]:
+    """Return all segments, the open ones too: as they stood when their accounts were materialized."""
+    through = {account["user_id"]: account["materialized_through"] for account in books.accounts}
+    stretches = list(books.segments)
     for chat in books.chats:
-        mine = segments[chat["user_id"], chat["chat_id"]]
-        cost = _cost(chat, chat["count_us"]) - _cost(chat, chat["opened_count_us"]) if chat["opened_at"] else 0
-        accrued[chat["user_id"]] += cost
-        assert sum(s["cost"] for s in mine) + cost == chat["cost"], chat
-        ran_us = sum(us_between(s["started_at"], s["ended_at"]) for s in mine)
-        account = next(a for a in books.accounts if a["user_id"] == chat["user_id"])
         if chat["opened_at"]:
-            ran_us += us_between(chat["opened_at"], account["materialized_through"])
-        assert ran_us == chat["elapsed_us"], chat
-    charged = Counter(
-        {
-            (e["user_id"], e["chat_id"], e["segment_started_at"]): -e["amount"]
-            for e in books.entries
-            if e["kind"] == "charge"
-        }
-    )
+            ended_at = through[chat["user_id"]]
+            paid_us = chat["count_us"] - chat["opened_count_us"]
+            figures = {
+                "started_at": chat["opened_at"],
+                "ended_at": ended_at,
+                "count_us": chat["opened_count_us"],
+                "free_us": us_between(chat["opened_at"], ended_at) - paid_us,
+                "paid_us": paid_us,
+                "cost": _cost(chat, chat["count_us"]) - _cost(chat, chat["opened_count_us"]),
+            }
+            stretches.append({**chat, **figures})
+    return stretches
+
+
+def _check_stretches(books: Books, stretches: Sequence[Row]) -> None:
+    """Check each one's figures, the totals of each chat, and what a user's chats with one advisor share."""
+    of_chat: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    of_pair: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for s in sorted(stretches, key=lambda s: s["started_at"]):
+        of_chat[s["user_id"], s["chat_id"]].append(s)
+        of_pair[s["user_id"], s["advisor_id"]].append(s)
+        assert s["free_us"] + s["paid_us"] == us_between(s["started_at"], s["ended_at"]), s
+        assert s["free_us"] >= 0 <= s["paid_us"], s
+        assert _cost(s, s["count_us"] + s["paid_us"]) - _cost(s, s["count_us"]) == s["cost"], s
+    for chat in books.chats:
+        mine = of_chat[chat["user_id"], chat["chat_id"]]
+        assert sum(s["cost"] for s in mine) == chat["cost"], chat
+        assert sum(s["free_us"] for s in mine) == chat["free_us"], chat
+        assert sum(us_between(s["started_at"], s["ended_at"]) for s in mine) == chat["elapsed_us"], chat
+    granted = {(a["user_id"], a["advisor_id"]): a for a in books.allowances}
+    assert set(of_pair) <= set(granted)
+    for pair, allowance in granted.items():
+        assert sum(s["free_us"] for s in of_pair[pair]) == allowance["used_us"] <= allowance["granted_us"], allowance
+    for shared in of_pair.values():
+        for earlier, later in pairwise(shared):
+            assert earlier["ended_at"] <= later["started_at"], f"two clocks at once: {earlier} and {later}"
+
+
+def _check_ledger(books: Books, stretches: Sequence[Row]) -> None:
+    """Check that each closed segment is charged once, and that the running sums lead to the balances."""
+    charges = [entry for entry in books.entries if entry["kind"] == "charge"]
+    charged = {(e["user_id"], e["chat_id"], e["segment_started_at"]): -e["amount"] for e in charges}
     costs = {(s["user_id"], s["chat_id"], s["started_at"]): s["cost"] for s in books.segments if s["cost"]}
-    assert costs == dict(charged)
-    assert len(costs) == sum(entry["kind"] == "charge" for entry in books.entries)
-    for segment in books.segments:
-        expected = _cost(segment, segment["count_us"] + segment["paid_us"]) - _cost(segment, segment["count_us"])
-        assert expected == segment["cost"], segment
+    assert costs == charged
+    assert len(costs) == len(charges)
+    numbers: Counter[str] = Counter()
+    booked: Counter[str] = Counter()
+    balances: Counter[str] = Counter()
+    for entry in books.entries:
+        user_id = entry["user_id"]
+        numbers[user_id] += 1
+        booked[user_id] += entry["amount"]
+        assert (numbers[user_id], booked[user_id]) == (entry["number"], entry["balance_after"]), entry
+        balances[user_id] += entry["amount"] if entry["kind"] != "charge" else 0
+    for stretch in stretches:
+        balances[stretch["user_id"]] -= stretch["cost"]
     for account in books.accounts:
-        lines = entries[account["user_id"]]
-        assert list(range(1, len(lines) + 1)) == [line["number"] for line in lines]
-        booked = 0
-        for line in lines:
-            booked += line["amount"]
-            assert booked == line["balance_after"], line
-        assert booked - accrued[account["user_id"]] == account["balance"] >= 0, account
+        assert balances[account["user_id"]] == account["balance"] >= 0, account

@@ -57,6 +57,8 @@ class Chat:
     """Instants at which a segment began, as answered."""
     closed: set[tuple[str, str]] = field(default_factory=set)
     """Instants at which a segment ended, as answered, and why."""
+    leases: list[tuple[str, str]] = field(default_factory=list)
+    """Instants at which a start or a heartbeat found the clock running, and until when it was then to run."""
 
     @property
     def path(self) -> str:
@@ -108,8 +110,7 @@ class Chat:
         if what == "start":
             self.key = None
             self.ended = None if self.ended else self.ended
-            for sibling in siblings:
-                sibling.revision_max += 1
+            self._may_switch(siblings)
         if what == "stop" and self.ended is False:
             self.ended = None
         if what in ("start", "heartbeat"):
@@ -141,6 +142,8 @@ class Chat:
             self.object_to(f"this is not what a {what} leads to", reading)
         if what == "start" and not repeated:
             self._started(reading, siblings, again=again)
+        if what in ("start", "heartbeat") and reading["accruing"]:
+            self.leases.append((reading["as_of"], reading["accrues_until"]))
         if (state == "ended") != (what == "stop") and not (state == "ended" and self.ended is not False):
             self.object_to(f"a {what} has led to it", reading)
         self.exists = True
@@ -158,9 +161,15 @@ class Chat:
             return
         if self.idle:
             self.opened.add(reading["as_of"])
+        if not again:  # else it was counted when it had no answer
+            self._may_switch(siblings)
         for sibling in siblings:
-            sibling.revision_max += 1
             sibling.idle = True
+
+    def _may_switch(self, siblings: list[Chat]) -> None:
+        for sibling in siblings:
+            if not sibling.idle:
+                sibling.revision_max += 1
 
     def refused(self, what: str, status: int, problem: Json, floor: Floor) -> None:
         """Take a refusal, which has changed nothing."""

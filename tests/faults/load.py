@@ -27,6 +27,7 @@ CARDS = {
     "a1": {"credits_per_minute": "60", "free_seconds": 1},
     "a2": {"credits_per_minute": "30", "free_seconds": 0, "first_seconds": 1, "increment_seconds": 1},
 }
+KEY = "a-key-from-the-environment"
 LIKELY = ("start",) * 5 + ("heartbeat",) * 10 + ("read",) * 4 + ("pause",) * 3 + ("stop",)
 KINDS = ("purchase",) * 4 + ("grant", "compensation", "refund")
 TAKES = ("refund",)
@@ -75,6 +76,14 @@ class Credit:
     open: bool = False
     """An answer is lacking, and it is to be sent again."""
 
+    @property
+    def path(self) -> str:
+        return f"/v1/users/{self.user_id}/credits"
+
+    @property
+    def body(self) -> Json:
+        return {"kind": self.kind, "amount": f"{Decimal(abs(self.amount)) / 1_000_000}", "memo": self.key}
+
 
 @dataclass
 class Load:
@@ -85,6 +94,7 @@ class Load:
     pace_s: float
     chats: dict[tuple[str, str], Chat] = field(default_factory=dict)
     credits: dict[tuple[str, str], Credit] = field(default_factory=dict)
+    probes: dict[tuple[int, str], Credit] = field(default_factory=dict)
     outcomes: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -144,10 +154,19 @@ class Load:
         outcome = Outcome.ACKNOWLEDGED if response.is_success else Outcome.REFUSED
         return Answer(outcome, status, response.json())
 
-    async def is_served_by(self, client: httpx.AsyncClient) -> bool:
-        """Tell whether an API process takes a command."""
-        answer = await self.ask(client, "PUT", "/v1/advisors/probe", body=CARDS["a1"])
-        return answer.outcome is Outcome.ACKNOWLEDGED
+    async def is_served_by(self, client: httpx.AsyncClient, user_id: str = "probe") -> bool:
+        """Tell whether an API process gets the lock on an account, and writes to it."""
+        place = self.clients.index(client), user_id
+        credit = self.probes.get(place)
+        if credit is None or not credit.open:
+            credit = Credit(user_id, f"probe-{len(self.credits)}", "grant", 1_000)
+            self.probes[place] = self.credits[user_id, credit.key] = credit
+        self.book(credit, await self.ask(client, "POST", credit.path, key=credit.key, body=credit.body))
+        return credit.entry is not None
+
+    async def is_served(self) -> bool:
+        """Tell whether every API process takes a command."""
+        return all(await asyncio.gather(*(self.is_served_by(client) for client in self.clients)))
 
     # --- those who send ---
 
@@ -206,10 +225,11 @@ class Load:
             await asyncio.sleep(rng.uniform(0, 8 * self.pace_s))
 
     async def credit(self, credit: Credit) -> None:
-        """Send a credit, or send it again, and hold what is answered against what was answered before."""
-        body = {"kind": credit.kind, "amount": f"{Decimal(abs(credit.amount)) / 1_000_000}", "memo": credit.key}
-        path = f"/v1/users/{credit.user_id}/credits"
-        answer = await self.send("credit", "POST", path, key=credit.key, body=body)
+        """Send a credit, or send it again."""
+        self.book(credit, await self.send("credit", "POST", credit.path, key=credit.key, body=credit.body))
+
+    def book(self, credit: Credit, answer: Answer) -> None:
+        """Take an answer to a credit, and hold it against what was answered before."""
         if answer.outcome is Outcome.UNKNOWN:
             credit.open = credit.entry is None
             return

@@ -63,30 +63,27 @@ class Network:
         carrier.add_done_callback(self._carriers.discard)
         await asyncio.wait([connection])
         self._connections.discard(connection)
+        # Here, since a task that is cancelled before it has begun does nothing at all.
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = [writer]
         with suppress(asyncio.CancelledError, OSError):
+            await self._open.wait()
+            far_reader, far_writer = await self._connect()
+            tasks = [
+                asyncio.create_task(self._pass_on(reader, far_writer)),
+                asyncio.create_task(self._pass_on(far_reader, writer)),
+            ]
             try:
-                await self._open.wait()
-                far_reader, far_writer = await self._connect()
-                ends.append(far_writer)
-                tasks = [
-                    asyncio.create_task(self._pass_on(reader, far_writer)),
-                    asyncio.create_task(self._pass_on(far_reader, writer)),
-                ]
-                try:
-                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                for end in ends:
-                    end.transport.abort()
-                for end in ends:
-                    with suppress(OSError):
-                        await end.wait_closed()
+                far_writer.transport.abort()  # before anything is awaited: it may be cut once more
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await far_writer.wait_closed()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect as libpq would: the URL's query, where the embedded PostgreSQL's socket is named, goes first."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -23,6 +25,9 @@ RESTART_S = 0.2
 RECOVERY_S_MAX = 2 * PATIENCE_S
 SOME_FAILED, NO_DATABASE = 1, 75
 IS_UP = r"(?m)^listening on |reconciler INFO pass "
+PASSED = r"reconciler INFO pass accounts=[1-9]\d* chats=\d+ failed=0 "
+# Of whatever was logged, or not even caught: where in the program it happened.
+TRACE = r'(?m)^ *File ".*\n.*'
 LOOK_AGAIN_S = 0.02
 # Below the ports that the system gives to outgoing connections: one of those could take a dead server's port.
 PORTS = range(20_000, 30_000)
@@ -52,6 +57,7 @@ class Program:
     process: asyncio.subprocess.Process | None = None
     starts: int = 0
     ends: list[int] = field(default_factory=list)
+    kills: int = 0
     failed: list[str] = field(default_factory=list)
     """What those said that ended by themselves before they were up: their database died while they started."""
 
@@ -65,15 +71,25 @@ class Program:
         self.process.send_signal(number)
 
     async def kill(self) -> None:
-        """Kill the process that runs now; if none does, the next one, as soon as it has begun."""
-        await until(lambda: done(self.is_running), f"{self.name} to run")
-        assert self.process is not None
-        self.process.kill()
+        """Kill the process that runs now; if none does, or it ends by itself, the next one, as soon as it has begun."""
+        self.kills += 1
+        while len(self.ends) < self.kills:
+            await until(lambda: done(self.is_running), f"{self.name} to run")
+            assert self.process is not None
+            process = self.process
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)  # `process.kill` might take its exit code from who waits for it
+            await process.wait()
 
     @property
     def output(self) -> str:
         """All that its processes said."""
         return self.log.read_text(errors="replace")
+
+    @property
+    def traces(self) -> list[str]:
+        """Where errors happened that nobody had thought of."""
+        return re.findall(TRACE, self.output)
 
 
 @dataclass
@@ -175,8 +191,9 @@ async def cluster(
     made = Cluster(serving, passing, variables, options)
     tasks = [asyncio.create_task(made.keep(program)) for program in made.programs]
     try:
-        for api in serving:
-            await until(lambda api=api: is_ready(api.origin), f"{api.name} being ready")  # type: ignore[misc]
+        async with httpx.AsyncClient(timeout=PATIENCE_S, trust_env=False) as client:
+            for api in serving:
+                await until(partial(is_ready, client, api.origin), f"{api.name} being ready")
         yield made
     finally:
         made.ending = True
@@ -201,10 +218,14 @@ async def until(holds: Callable[[], Awaitable[bool]], what: str, *, patience_s: 
     return time.monotonic() - began
 
 
-async def is_ready(origin: str) -> bool:
+async def passes_after(reconciler: Program, said: int) -> bool:
+    """Tell whether a reconciler has made a pass that wrote accounts, and all of them, since its log was so long."""
+    return re.search(PASSED, reconciler.output[said:]) is not None
+
+
+async def is_ready(client: httpx.AsyncClient, origin: str) -> bool:
     """Tell whether an API can serve requests."""
-    async with httpx.AsyncClient(base_url=origin, timeout=PATIENCE_S, trust_env=False) as client:
-        try:
-            return (await client.get("/readyz")).status_code == 200
-        except httpx.TransportError:
-            return False
+    try:
+        return (await client.get(f"{origin}/readyz")).status_code == 200
+    except httpx.TransportError:
+        return False

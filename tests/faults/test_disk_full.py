@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +27,14 @@ from testcontainers.community.postgres import PostgresContainer
 from testcontainers.core.docker_client import DockerClient
 
 from tests.database import connect
-from tests.faults.books import check_books, check_closed_books
-from tests.faults.load import SETTINGS, Load, Outcome, load, tell
-from tests.faults.processes import Cluster, cluster, done, until
+from tests.faults.books import check_books, close_books
+from tests.faults.load import KEY, SETTINGS, Outcome, load, tell
+from tests.faults.processes import cluster, done, until
 from tests.program import fresh_home, run, written
 
-KEY = "a-key-from-the-environment"
 IMAGE = os.environ.get("TALKTIME_TEST_IMAGE") or "postgres:17"
-FULL_S = 3
+FULL_S = 2
 CHUNK = b"\0" * (1 << 16)
-
-
-async def close_books(users: Load, running: Cluster, url: URL) -> None:
-    """End a load, and check that nothing which was acknowledged is lost."""
-    await users.finish()
-    await users.settle()
-    await users.ask_all()
-    check_closed_books(users, await check_books(users, url))
-    await running.audit()
-    for program in running.programs:
-        assert [] == program.ends, program.output[-2_000:]
-        assert "Traceback" not in program.output, program.output[-5_000:]
-
-
-async def serves(users: Load) -> bool:
-    """Tell whether every API process takes a command."""
-    return all(await asyncio.gather(*(users.is_served_by(client) for client in users.clients)))
 
 
 # --- where the tables are ---------------------------------------------------------------------------------------------
@@ -115,7 +96,7 @@ async def test_where_there_is_no_room_for_tables_writes_are_answered_503_and_rea
             await running.audit()
             answers = dict(users.statuses)
             assert 0 == (await asyncio.to_thread(container.exec_run, ["rm", "/small/filler"])).exit_code
-            resumed = await until(partial(serves, users), "commands after there was room")
+            resumed = await until(users.is_served, "commands after there was room")
             await asyncio.sleep(1)
             told = users.statuses[503]
             await asyncio.sleep(1)
@@ -186,11 +167,11 @@ async def test_where_there_is_no_room_for_the_log_all_is_answered_503_and_goes_o
             assert "PANIC" in (home / "postgres.log").read_text(errors="replace")
             await asyncio.sleep(FULL_S)
             assert users.statuses[503] > 0
-            assert not await serves(users)
+            assert not await users.is_served()
             users.check()
             answers = dict(users.statuses)
             filler.unlink()
-            resumed = await until(partial(serves, users), "commands after there was room")
+            resumed = await until(users.is_served, "commands after there was room")
             await asyncio.sleep(1)
             await close_books(users, running, url)
             tell(f"seed {seed}: {users}; while it was full {answers}; goes on after {resumed:.2f} s")
