@@ -195,7 +195,7 @@ def test_nothing_secret_is_in_what_a_service_says(databases: Databases, tmp_path
     # It did say something: what failed, and where.
     assert "unexpected error in POST /v1/users/{user_id}/credits" in said
     assert "psycopg.errors.CheckViolation 23514 ERROR ledger_entry unknown" in said
-    assert "Invalid HTTP request received." in said
+    assert "Invalid HTTP request received." not in said  # whoever sends that could fill the disk with it
     assert "the database is not available: " in said
     with connect(databases.server) as connection:
         connection.execute(f"DROP ROLE {login.username}")

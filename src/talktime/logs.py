@@ -44,6 +44,7 @@ def _lines_of(error: BaseException, told: frozenset[int] = frozenset()) -> list[
     for source in sources:
         if source is not None and id(source) not in told:
             lines += [*_lines_of(source, told), "", "from which came:", ""]
+    lines.append("Traceback (most recent call last):")  # what people and programs look for in a log
     lines += [line for frame in traceback.format_tb(error.__traceback__) for line in frame.rstrip().splitlines()]
     lines.append(f"{type(error).__module__}.{type(error).__qualname__}{_without_data(error)}")
     return lines
