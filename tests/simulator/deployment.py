@@ -73,13 +73,13 @@ class Deployment:
             if made.failed and not may_fail:
                 differ("a reconciler", made)
 
-    def end_of_doomed(self, pid: int) -> None:
+    def end_of_doomed(self, pid: int, *, may_fail: bool = False) -> None:
         """Wait until a pass that was to die has ended, one way or the other."""
         code = self._processes.wait(pid)
         self._totals["passes"] += 1
         if code == -SIGKILL:
             self._totals["killed reconcilers"] += 1
-        elif code != 0:
+        elif code != 0 and not may_fail:
             differ("a reconciler", f"exit code {code}")
         self.settle()
 

@@ -275,7 +275,7 @@ class History:
         sent = [self._answered(request, number, requests, meanwhile) for number, request in enumerate(requests)]
         self._deployed.end_of(meanwhile.passes, may_fail=meanwhile.cut)
         if meanwhile.doomed_pass:
-            self._deployed.end_of_doomed(meanwhile.doomed_pass)
+            self._deployed.end_of_doomed(meanwhile.doomed_pass, may_fail=meanwhile.cut)
         self._deployed.bury(
             {request.api.pid for request, one in zip(requests, sent, strict=True) if one.answer is None},
             doomed={request.api.pid for request in requests if request.die_at},
