@@ -152,7 +152,8 @@ async def test_every_frame_agrees_with_the_server(browser: str, database_url: UR
     settings = {"TALKTIME_LEASE_SECONDS": f"{lease_s:g}", "TALKTIME_HEARTBEAT_SECONDS": f"{lease_s / 3:g}"}
     async with demo(browser, database_url, tmp_path, settings, seed=PROMPT_FIRST) as (page, way, service):
         await page.evaluate(RECORD)
-        way.late_s_max = LATE_S_MAX
+        # In a short session leases are short too; past its lease a page rightly stands still, however the answer fares.
+        way.late_s_max = min(LATE_S_MAX, lease_s / 4)
         await start(page, "Mara")
         await asyncio.sleep(SESSION_S / 3)
         way.cut()
