@@ -71,7 +71,8 @@ class Belief:
         if a is None:
             return ()
         chats = tuple(sorted((astuple(chat) for chat in a.chats.values()), key=str))
-        return a.at, a.balance, sorted(a.used.items()), chats, len(a.segments), sorted(self.credits)
+        booked = sorted((key, command.kind, command.amount) for key, command in self.credits.items())
+        return a.at, a.balance, sorted(a.used.items()), chats, len(a.segments), booked
 
     def materialized(self, now: int) -> Belief:
         """Return what is stored after a pass."""

@@ -11,7 +11,7 @@ from typing import Any
 from tests.meter.reference import Chat, Reference
 from tests.simulator.beliefs import Belief
 from tests.simulator.readings import amount, figures, instant, micro, reading_mismatch, tariff_of
-from tests.simulator.service import Api, Command, differ
+from tests.simulator.service import Api, Command, Difference, differ
 
 STATES = ("running", "lapsed", "paused", "exhausted", "abandoned", "ended")
 KINDS = ("list",) * 12 + ("each", "account", "by state")
@@ -56,13 +56,24 @@ class Looks:
         return beliefs
 
     def at_all(self, user_id: str, beliefs: list[Belief], now: int) -> list[Belief]:
-        """Look at all that is shown of a user."""
-        left = self._at_list(user_id, beliefs, now)
-        account = left[0].account
-        if account is not None:
-            self._at_account(user_id, account, now)
-            self._at_receipts(user_id, account, now)
-            self._at_ledger(user_id, left[0])
+        """Look at all that is shown of a user; returns the beliefs that agree.
+
+        Raises:
+            Difference: none does.
+        """
+        left, differences = [], []
+        for belief in self._at_list(user_id, beliefs, now):
+            try:
+                if belief.account is not None:
+                    self._at_account(user_id, belief.account, now)
+                    self._at_receipts(user_id, belief.account, now)
+                    self._at_ledger(user_id, belief)
+            except Difference as difference:
+                differences.append(difference)
+            else:
+                left.append(belief)
+        if not left:
+            raise differences[0]
         return left
 
     def _get(self, path: str) -> Any:  # noqa: ANN401 - JSON
