@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 from talktime import errors
@@ -126,12 +127,14 @@ class Pair:
         ]
 
 
-def apply_to_reference(target: Reference, step: Step, now: int, settings: Settings, cards: dict[str, Card]) -> None:
-    """Let a command happen to the reference; raises what it raises."""
+def apply_to_reference(
+    target: Reference, step: Step, now: int, settings: Settings, cards: Mapping[str, Card], *, advisor_id: str = ""
+) -> None:
+    """Let a command happen to the reference, a start with the chat's advisor or another one; raises what it raises."""
     leases = {"lease_us": settings.lease_us, "abandon_after_us": settings.abandon_after_us}
     match step.what:
         case "start":
-            advisor_id = CHATS[step.chat_id]
+            advisor_id = advisor_id or CHATS[step.chat_id]
             card = cards[advisor_id]
             target.start(
                 now,

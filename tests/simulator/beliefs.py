@@ -12,7 +12,8 @@ from dataclasses import astuple, dataclass, field, replace
 from itertools import combinations_with_replacement, permutations
 
 from tests.meter import reference
-from tests.meter.histories import Card, Settings
+from tests.meter.histories import Card, Settings, Step
+from tests.meter.pair import apply_to_reference
 from tests.meter.reference import Reference
 from tests.simulator.readings import figures, reading_mismatch
 from tests.simulator.service import Answer, Command, differ
@@ -206,7 +207,8 @@ def _outcomes(belief: Belief, event: Sent, now: int) -> Iterator[tuple[Belief, _
                 return
     target = Reference(now) if before is None else before.copy()
     try:
-        _carry_out(target, command, around, now)
+        step = Step(0, command.what, command.chat_id, command.key, command.kind, command.amount)
+        apply_to_reference(target, step, now, around.settings, around.cards, advisor_id=command.advisor_id)
     except tuple(REFUSALS) as refusal:
         yield belief, _refused(refusal, before, command, now)
         return
@@ -227,30 +229,3 @@ def _refused(refusal: Exception, before: Reference | None, command: Command, now
         if command.key == before.chats[command.chat_id].start_key:
             return _Expected(*KEY_REUSED)  # the key of a start with the right advisor
     return _Expected(*REFUSALS[type(refusal)])
-
-
-def _carry_out(target: Reference, command: Command, around: Circumstances, now: int) -> None:
-    settings = around.settings
-    leases = {"lease_us": settings.lease_us, "abandon_after_us": settings.abandon_after_us}
-    match command.what:
-        case "start":
-            card = around.cards[command.advisor_id]
-            tariff = reference.Tariff(card.rate, card.first_us, card.increment_us)
-            target.start(
-                now,
-                command.chat_id,
-                command.advisor_id,
-                tariff,
-                card.free_us,
-                scope=settings.scope,
-                key=command.key,
-                **leases,
-            )
-        case "heartbeat":
-            target.heartbeat(now, command.chat_id, scope=settings.scope, **leases)
-        case "pause":
-            target.pause(now, command.chat_id, **leases)
-        case "stop":
-            target.stop(now, command.chat_id)
-        case _:
-            target.credit(now, command.kind, command.amount)

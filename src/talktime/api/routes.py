@@ -171,7 +171,8 @@ async def get_account(request: ApiRequest, user_id: UserId) -> AccountAnswer:
 @get(
     "/users/{user_id:str}/ledger",
     summary="List a user's ledger",
-    description="Newest first: what came in or was taken, and one charge for each closed segment that cost something.",
+    description="Newest first: what came in or was taken, and one charge for each closed segment that cost something, "
+    "from when a pass or a command has written it.",
     tags=["accounts"],
     responses=problems(400, 401, 403, UserNotFound, 429, DatabaseUnavailable),
     opt={"user": UserMay.READ, "query": _PAGED},
