@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import uvicorn
@@ -30,6 +31,8 @@ from talktime.store.database import Database
 from tests.simulator.processes import DIE_AT, STALL_AT
 
 STALL_S = 0.01
+FIRST_NEEDED = ("uvicorn.protocols.http.auto", "uvicorn.lifespan.on", "anyio._backends._asyncio")
+"""What servers import while they start."""
 
 
 class Fate:
@@ -126,6 +129,9 @@ def _answer(request: dict[str, Any], fate: Fate) -> dict[str, int]:
 def main() -> None:
     """Answer until the input ends."""
     fate = Fate()
+    for name in FIRST_NEEDED:
+        import_module(name)
+    create_app(load_settings({}), lambda: Database("postgresql+psycopg://"))  # what Litestar imports when it is asked
     event.listen(Engine, "before_cursor_execute", fate.count)
     event.listen(Engine, "commit", fate.count)
     gc.freeze()  # what is there now stays; those that are forked need not look at it again and again
