@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from talktime.operations import Service
 
 MINUTE = 60 * S
-ALL_AT_ONCE = replace(POLICY, scope=Scope.NONE, lease_us=2 * 60 * MINUTE, abandon_after_us=9 * 60 * MINUTE)
+ALL_AT_ONCE = POLICY._replace(scope=Scope.NONE, lease_us=2 * 60 * MINUTE, abandon_after_us=9 * 60 * MINUTE)
 CLOSED_PORT = "postgresql+psycopg://nobody:nothing@127.0.0.1:1/nowhere"
 
 
@@ -82,7 +81,7 @@ def test_minutes_are_what_the_meter_says_when_it_is_asked_minute_by_minute(accou
     minutes = 8
     made = minutes_of([*closed, *operating._open_segments(view)], end, minutes=minutes)
     marks = [end - step * MINUTE for step in range(minutes, -1, -1)]
-    views = [advance(account, mark) if mark >= account.at else replace(account, chats={}) for mark in marks]
+    views = [advance(account, mark) if mark >= account.at else account._replace(chats={}) for mark in marks]
     costs = [sum(chat.cost for chat in view.chats.values()) for view in views]
     lives = [sum(chat.state is ChatState.RUNNING for chat in view.chats.values()) for view in views]
     assert marks[1:] == [minute.at for minute in made]
@@ -159,7 +158,7 @@ async def _pass(service: Service) -> None:
 async def test_running_chats_come_newest_first_and_those_that_have_stopped_are_left_out(
     database_url: URL, clock: Clock
 ) -> None:
-    async with open_service(database_url, policy=replace(POLICY, scope=Scope.NONE)) as service:
+    async with open_service(database_url, policy=POLICY._replace(scope=Scope.NONE)) as service:
         for user_id in ("ann", "bob", "cy"):
             await _credit(service, user_id)
             await operations.start(service, user_id, "c", advisor_id="a", key=None)

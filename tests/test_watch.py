@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import pairwise
 
 import pendulum
@@ -54,8 +53,7 @@ RUNNING = Reading(
     stop_reason=None,
     materialized_through=NOON,
 )
-PAUSED = replace(
-    RUNNING,
+PAUSED = RUNNING._replace(
     state=ChatState.PAUSED,
     revision=2,
     as_of=NOON + S,
@@ -139,7 +137,7 @@ def test_the_clock_stops_where_the_lease_ends_and_is_lapsed_there() -> None:
 
 
 def test_the_clock_stops_where_the_credits_run_out_and_is_exhausted_there() -> None:
-    poor = replace(RUNNING, balance=S, accrues_until=NOON + 3 * S, exhausts_at=NOON + 3 * S)
+    poor = RUNNING._replace(balance=S, accrues_until=NOON + 3 * S, exhausts_at=NOON + 3 * S)
     assert ChatState.RUNNING is view_at(NOON + 3 * S - 1, poor).state
     view = view_at(NOON + 9 * S, poor)
     assert (ChatState.EXHAUSTED, Shown(3 * S, 0, S, 0)) == (view.state, view.shown)
@@ -154,7 +152,7 @@ def test_the_next_tick_is_at_the_next_whole_second_shown(after_us: int, ticks_in
 
 
 def test_the_last_tick_is_where_the_clock_stops() -> None:
-    assert 300_000 == view_at(NOON + S + 200_000, replace(RUNNING, accrues_until=NOON + S + 500_000)).ticks_in
+    assert 300_000 == view_at(NOON + S + 200_000, RUNNING._replace(accrues_until=NOON + S + 500_000)).ticks_in
 
 
 def test_a_clock_that_stands_still_does_not_tick() -> None:
@@ -165,10 +163,10 @@ def test_what_is_shown_does_not_go_back_when_the_time_is_mended() -> None:
     watched = Watched()
     watched.take(RUNNING, 0, 0)
     ahead = looked(watched, 6 * S)
-    later = replace(
-        RUNNING, as_of=NOON + 5 * S, server_time=NOON + 5 * S, elapsed_us=5 * S, free_left_us=0, credits_used=3 * S
+    later = RUNNING._replace(
+        as_of=NOON + 5 * S, server_time=NOON + 5 * S, elapsed_us=5 * S, free_left_us=0, credits_used=3 * S
     )
-    later = replace(later, balance=22 * S, count_us=3 * S, paid_from=NOON + 5 * S, free_until=None)
+    later = later._replace(balance=22 * S, count_us=3 * S, paid_from=NOON + 5 * S, free_until=None)
     watched.take(later, 6 * S, 6 * S)  # it is only five seconds later there
     held = looked(watched, 6 * S + 100_000)
     assert ahead.shown == held.shown
@@ -207,7 +205,7 @@ def in_berlin() -> Iterator[None]:
         (view_at(NOON + 1), "in 27 seconds, at 2026-01-01 13:00:27"),
         (view_at(NOON + 15 * S), "not while the clock stands still"),
         (view_at(NOON, PAUSED), "not while the clock stands still"),
-        (view_at(NOON, replace(RUNNING, exhausts_at=None)), "never"),
+        (view_at(NOON, RUNNING._replace(exhausts_at=None)), "never"),
     ],
 )
 def test_when_credits_run_out_is_said_in_words(view: View, text: str, in_berlin: None) -> None:

@@ -6,7 +6,7 @@ The deciding is the meter's and the SQL is the store's; here they meet. Ids and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -297,8 +297,7 @@ async def read_chats(
         place = after
         while len(found) <= limit:
             page = await accounts.load_chats(connection, user_id, states=stored_states, after=place, limit=limit + 1)
-            whole = replace(
-                account,
+            whole = account._replace(
                 chats={**account.chats, **{chat.chat_id: chat for chat, _ in page}},
                 allowances={**account.allowances, **{chat.advisor_id: allowance for chat, allowance in page}},
             )

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, Group
@@ -187,8 +187,7 @@ def _onwards(reading: Reading, at: int, last: View | None, *, answered: bool) ->
         return view
     at = max(at, last.at)
     shown = show(reading, at)
-    shown = replace(
-        shown,
+    shown = shown._replace(
         elapsed_us=max(shown.elapsed_us, last.shown.elapsed_us),
         credits_used=max(shown.credits_used, last.shown.credits_used),
     )

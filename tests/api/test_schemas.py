@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -82,7 +81,7 @@ def test_a_reading_is_written_with_all_its_fields() -> None:
 
 
 def test_a_clock_that_stands_says_why() -> None:
-    stopped = replace(READING, state=ChatState.PAUSED, stopped_at=READING.as_of, stop_reason=StopReason.SWITCHED)
+    stopped = READING._replace(state=ChatState.PAUSED, stopped_at=READING.as_of, stop_reason=StopReason.SWITCHED)
     written = msgspec.json.decode(_json(reading_body(stopped, 5 * MICRO)))
 
     assert (written["state"], written["accruing"], written["stop_reason"]) == ("paused", False, "switched")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 
 from talktime import errors
 from talktime.meter import commands
@@ -71,8 +70,8 @@ class Pair:
         chat = self.account.chats.get(chat_id)
         if chat is None or chat.state is not ChatState.RUNNING or self.now >= chat.lease_end:
             return False
-        beaten = replace(chat, last_heartbeat_at=max(chat.last_heartbeat_at, self.now))
-        self.account = replace(self.account, chats={**self.account.chats, chat_id: beaten})
+        beaten = chat._replace(last_heartbeat_at=max(chat.last_heartbeat_at, self.now))
+        self.account = self.account._replace(chats={**self.account.chats, chat_id: beaten})
         return True
 
     def _command(self, step: Step) -> Account:
@@ -182,7 +181,7 @@ def shuffled(account: Account, order: random.Random) -> Account:
     chats, allowances = list(account.chats.items()), list(account.allowances.items())
     order.shuffle(chats)
     order.shuffle(allowances)
-    return replace(account, chats=dict(chats), allowances=dict(allowances))
+    return account._replace(chats=dict(chats), allowances=dict(allowances))
 
 
 def _segment_figures(s: Segment) -> tuple[object, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from talktime.errors import (
@@ -37,7 +35,7 @@ from talktime.meter.units import MAX_AMOUNT, MAX_BALANCE
 S = 1_000_000
 CREDIT = 1_000_000
 POLICY = Policy(Scope.ADVISOR, 15 * S, 300 * S)
-PARALLEL = replace(POLICY, scope=Scope.NONE)
+PARALLEL = POLICY._replace(scope=Scope.NONE)
 CARD = RateCard(Tariff(60 * CREDIT), 2 * S)
 UNPAID = RateCard(Tariff(60 * CREDIT), 0)
 
@@ -113,7 +111,7 @@ def test_the_lease_ends_at_its_end_and_a_beat_a_microsecond_before_keeps_it() ->
 
 def test_a_heartbeat_after_the_clock_stepped_back_does_not_shorten_the_lease() -> None:
     state = _start(_account(100 * CREDIT), 0)
-    beaten = replace(state, chats={"c": replace(state.chats["c"], last_heartbeat_at=10 * S)})
+    beaten = state._replace(chats={"c": state.chats["c"]._replace(last_heartbeat_at=10 * S)})
     for command in (_beat, _start):
         assert 25 * S == command(beaten, 4 * S).chats["c"].lease_end
 

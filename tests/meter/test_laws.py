@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from talktime.meter.advance import advance
 from talktime.meter.reading import read
-from talktime.meter.state import Account, ChatState, Credit, Segment
+from talktime.meter.state import ENDLESS, Account, ChatState, Credit, Segment, Tariff
 from tests.meter.histories import Card, Settings, Step, cards, histories, settings_in_force
 from tests.meter.pair import Pair, shuffled
 
@@ -163,8 +163,8 @@ def test_l8_a_fast_heartbeat_commutes_with_advance(
     u = data.draw(st.integers(t, t + 150))
 
     def beaten(account: Account) -> Account:
-        beating = replace(account.chats[chat.chat_id], last_heartbeat_at=t)
-        return replace(account, chats={**account.chats, chat.chat_id: beating})
+        beating = account.chats[chat.chat_id]._replace(last_heartbeat_at=t)
+        return account._replace(chats={**account.chats, chat.chat_id: beating})
 
     assert advance(beaten(state), u) == advance(beaten(advance(state, t)), u)
 
@@ -185,3 +185,16 @@ def test_a_client_that_goes_on_by_itself_shows_what_advance_shows(
         then = advance(pair.account, reading.as_of + later).chats[chat_id]
         assert reading.elapsed_us + x - reading.as_of == then.elapsed_us
         assert reading.credits_used + cost == then.cost
+
+
+@given(cards, st.integers(0, 10**12), st.integers(1, 10**6))
+def test_the_largest_count_within_a_cost_costs_no_more_and_one_tick_more_would(
+    card: Card, cost: int, scale: int
+) -> None:
+    tariff = Tariff(card.rate, card.first_us * scale, card.increment_us * scale)
+    count_us = tariff.count_within(cost)
+    assert tariff.cost(count_us) <= cost
+    if card.rate == 0:
+        assert count_us == ENDLESS
+    else:
+        assert tariff.cost(count_us + 1) > cost

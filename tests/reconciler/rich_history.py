@@ -57,7 +57,7 @@ async def _live(service: Service, clock: Clock) -> None:
     clock.tick(4 * S)
     # In parallel, so that the last free seconds are shared.
     await operations.start(
-        replace(service, policy=replace(POLICY, scope=Scope.NONE)), "u", "senior", advisor_id="blocks", key=None
+        replace(service, policy=POLICY._replace(scope=Scope.NONE)), "u", "senior", advisor_id="blocks", key=None
     )
     clock.tick(6 * S)
     await operations.heartbeat(service, "u", "abandoned")

@@ -99,7 +99,7 @@ async def test_a_segment_that_was_over_at_once_leaves_another_reason_than_the_la
 async def test_an_exhausted_chat_could_not_pay_because_of_a_senior_who_was_paused_at_that_very_instant(
     database_url: URL, clock: Clock
 ) -> None:
-    policy = replace(POLICY, scope=Scope.NONE)
+    policy = POLICY._replace(scope=Scope.NONE)
     async with open_service(database_url, policy=policy, card=RateCard(Tariff(60 * CREDIT), 0)) as service:
         await operations.credit(service, "u", kind=CreditKind.PURCHASE, amount=5, memo="", key="k")
         for chat_id in ("senior", "younger"):

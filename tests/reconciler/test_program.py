@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from sqlalchemy.engine import URL
@@ -200,8 +199,8 @@ async def test_whether_a_pass_ran_changes_nothing_that_is_read(database_url: URL
             passed, left = [await operations.read_chat(service, user_id, "c") for user_id in ("passed", "left")]
             assert state is passed.state
             assert passed.materialized_through == clock.now > left.materialized_through
-            assert replace(left, user_id="", materialized_through=0) == replace(
-                passed, user_id="", materialized_through=0
+            assert left._replace(user_id="", materialized_through=0) == passed._replace(
+                user_id="", materialized_through=0
             )
             for found in (state, None):
                 pages = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.engine import URL
 
-LONG = replace(POLICY, lease_us=1000 * S, abandon_after_us=2000 * S)
+LONG = POLICY._replace(lease_us=1000 * S, abandon_after_us=2000 * S)
 OFF_US_MAX = 1_100_000
 """A display of whole seconds, and the time that it takes to ask."""
 

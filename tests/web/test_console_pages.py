@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import replace
 from html import unescape
 from typing import TYPE_CHECKING
 
@@ -80,7 +79,7 @@ async def test_free_time_is_shown_with_what_is_left_of_it(database_url: URL, clo
 
 
 async def test_the_plots_are_told_in_words_and_as_a_table(database_url: URL, clock: Clock) -> None:
-    policy = replace(POLICY, lease_us=1000 * S, abandon_after_us=2000 * S)
+    policy = POLICY._replace(lease_us=1000 * S, abandon_after_us=2000 * S)
     async with open_service(database_url, policy=policy, card=RateCard(Tariff(3 * CREDIT), 0)) as service:
         await give(service, "ann")
         await start(service, "ann")

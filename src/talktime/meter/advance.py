@@ -13,48 +13,25 @@ The meaning is a process, one microsecond tick at a time. At the instant ``t``, 
 ``advance(account, to)`` is all five steps for every tick before ``to``, then steps 1 to 4 at ``to`` itself, where
 3 and 4 only decide who could not go on. The code jumps from boundary to boundary instead: between two of them the
 same chats run and each either takes free ticks only or pays for each tick, so the cost of the jump is a difference of
-two cumulative costs, and the boundary of exhaustion is found by bisection over integers. The number of jumps is
-bounded by the number of running chats and advisors, whatever the time between.
+two cumulative costs. One paying chat's exhaustion is the inverse of its cost; that of several is found by bisection
+over integers. The number of jumps is bounded by the number of running chats and advisors, whatever the time between.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from typing import NamedTuple
 
-from talktime.meter.state import RESUMABLE, TRANSITIONS, Account, Allowance, Chat, ChatState, Event, halt, seniority
+from talktime.meter.state import ENDLESS, RESUMABLE, TRANSITIONS, Account, Allowance, Chat, Event, halt, seniority
+from talktime.meter.units import END_OF_TIME_US
 
 
-class _Clock:
-    """A running chat while it is advanced: what its ticks add up to."""
+class Forecast(NamedTuple):
+    """Where a running clock stops, or None if it never does, and its free time until then."""
 
-    __slots__ = ("advisor_id", "chat", "count_us", "free_us", "lease_end", "tariff")
-
-    def __init__(self, chat: Chat) -> None:
-        self.chat = chat
-        self.advisor_id = chat.advisor_id
-        self.lease_end = chat.lease_end
-        self.tariff = chat.tariff
-        self.count_us = chat.count_us
-        self.free_us = 0
-
-    def cost_of(self, ticks: int) -> int:
-        """Micro-credits for the next `ticks` paid microseconds."""
-        return self.tariff.cost(self.count_us + ticks) - self.tariff.cost(self.count_us)
-
-    def chat_now(self) -> Chat:
-        """The chat with the ticks added that have passed."""
-        chat = self.chat
-        paid_us = self.count_us - chat.count_us
-        return replace(
-            chat,
-            count_us=self.count_us,
-            elapsed_us=chat.elapsed_us + self.free_us + paid_us,
-            free_us=chat.free_us + self.free_us,
-            cost=chat.cost + self.tariff.cost(self.count_us) - self.tariff.cost(chat.count_us),
-        )
+    stops_at: int | None
+    free_us: int
 
 
 def advance(account: Account, to: int) -> Account:
@@ -63,51 +40,43 @@ def advance(account: Account, to: int) -> Account:
     Composes: ``advance(advance(s, a), b) == advance(s, b)`` for ``a <= b``. An instant before the account's own returns
     the state as it is, so a clock that steps back never takes time back.
     """
-    t = account.at
-    if to < t:
+    if to < account.at:
         return account
-    clocks = [_Clock(c) for c in sorted((c for c in account.chats.values() if c.opened_at is not None), key=seniority)]
-    left = {advisor: allowance.left_us for advisor, allowance in account.allowances.items()}
-    balance = account.balance
+    course = _Course(account)
+    stops = course.run(to)
     chats = dict(account.chats)
     journal = list(account.journal)
-
-    def drop(stopping: list[_Clock], event: Event) -> None:
-        for clock in stopping:
-            clocks.remove(clock)
-            chats[clock.chat.chat_id], segment = halt(clock.chat_now(), t, event)
-            if segment is not None:
-                journal.append(segment)
-
-    while True:
-        drop([clock for clock in clocks if clock.lease_end <= t], Event.LAPSE)
-        drop(_unable_to_pay(clocks, left, balance), Event.EXHAUST)
-        if t == to or not clocks:
-            break
-        free, paid, ticks = _stretch(clocks, left)
-        ticks = min(ticks, to - t, *(clock.lease_end - t for clock in clocks))
-        spent = _total(paid, ticks)
-        if spent > balance:
-            # The last tick count that the balance can pay; whoever cannot pay the next one stops at its begin.
-            ticks = bisect_right(range(ticks), balance, key=lambda n: _total(paid, n)) - 1
-            spent = _total(paid, ticks)
-        balance -= spent
-        for clock in free:
-            clock.free_us += ticks
-            left[clock.advisor_id] -= ticks
-        for clock in paid:
-            clock.count_us += ticks
-        t += ticks
-
-    chats |= {clock.chat.chat_id: clock.chat_now() for clock in clocks}
-    return replace(
-        account,
+    for clock, at, event in stops:
+        chats[clock.chat.chat_id], segment = halt(clock.chat_now(), at, event)
+        if segment is not None:
+            journal.append(segment)
+    for clock in course.clocks:
+        chats[clock.chat.chat_id] = clock.chat_now()
+    # Step 2, once at the end: an abandonment changes nothing for anybody else, so it is no boundary.
+    for chat_id, chat in chats.items():
+        if chat.state in RESUMABLE and chat.abandoned_at <= to:
+            chats[chat_id] = chat._replace(state=TRANSITIONS[Event.ABANDON][chat.state])
+    return account._replace(
         at=to,
-        balance=balance,
-        allowances=_used(account.allowances, left),
-        chats=_abandoned(chats, to),
+        balance=course.balance,
+        allowances=_used(account.allowances, course.left),
+        chats=chats,
         journal=tuple(journal),
     )
+
+
+def foretell(account: Account, *, beating: bool) -> dict[str, Forecast]:
+    """Return what will become of an account's running chats, by chat id, if no command comes.
+
+    If they are `beating`, their leases do not end; they may run on for ever.
+    """
+    course = _Course(account)
+    if beating:
+        for clock in course.clocks:
+            clock.lease_end = ENDLESS
+    stops = course.run(END_OF_TIME_US)
+    found = {clock.chat.chat_id: Forecast(at, clock.free_us) for clock, at, _ in stops}
+    return found | {clock.chat.chat_id: Forecast(None, clock.free_us) for clock in course.clocks}
 
 
 def _used(allowances: Mapping[str, Allowance], left: Mapping[str, int]) -> dict[str, Allowance]:
@@ -117,56 +86,125 @@ def _used(allowances: Mapping[str, Allowance], left: Mapping[str, int]) -> dict[
     }
 
 
-def _abandoned(chats: Mapping[str, Chat], at: int) -> dict[str, Chat]:
-    """Step 2, once at the end: an abandonment changes nothing for anybody else, so it is no boundary."""
-    return {
-        chat_id: replace(chat, state=TRANSITIONS[Event.ABANDON][chat.state])
-        if chat.state in RESUMABLE and chat.abandoned_at <= at
-        else chat
-        for chat_id, chat in chats.items()
-    }
+class _Clock:
+    """A running chat while it is advanced: what its ticks add up to."""
+
+    __slots__ = ("advisor_id", "chat", "cost", "count_us", "free_us", "lease_end", "tariff")
+
+    def __init__(self, chat: Chat) -> None:
+        self.chat = chat
+        self.advisor_id = chat.advisor_id
+        self.lease_end = chat.lease_end
+        self.tariff = chat.tariff
+        self.count_us = chat.count_us
+        self.cost = chat.tariff.cost(chat.count_us)
+        self.free_us = 0
+
+    def cost_of(self, ticks: int) -> int:
+        """Micro-credits for the next `ticks` paid microseconds."""
+        return self.tariff.cost(self.count_us + ticks) - self.cost
+
+    def ticks_within(self, balance: int) -> int:
+        """For how many paid microseconds a balance is enough."""
+        return self.tariff.count_within(self.cost + balance) - self.count_us
+
+    def pay(self, ticks: int) -> int:
+        """Let so many paid microseconds pass, and return what they cost."""
+        spent = self.cost_of(ticks)
+        self.count_us += ticks
+        self.cost += spent
+        return spent
+
+    def chat_now(self) -> Chat:
+        """The chat with the ticks added that have passed."""
+        chat = self.chat
+        return chat._replace(
+            count_us=self.count_us,
+            elapsed_us=chat.elapsed_us + self.free_us + self.count_us - chat.count_us,
+            free_us=chat.free_us + self.free_us,
+            cost=chat.cost + self.cost - self.tariff.cost(chat.count_us),
+        )
 
 
-def without_leases(account: Account) -> Account:
-    """Return the same account as if every running chat kept beating for ever."""
-    chats = {
-        chat.chat_id: replace(chat, lease_us=1 << 62) if chat.state is ChatState.RUNNING else chat
-        for chat in account.chats.values()
-    }
-    return replace(account, chats=chats)
+class _Course:
+    """What the passing of time changes in an account: its running clocks in order of seniority, free time, balance."""
+
+    __slots__ = ("at", "balance", "clocks", "left")
+
+    def __init__(self, account: Account) -> None:
+        running = [chat for chat in account.chats.values() if chat.opened_at is not None]
+        if len(running) > 1:
+            running.sort(key=seniority)
+        self.clocks = [_Clock(chat) for chat in running]
+        self.left = {advisor: allowance.left_us for advisor, allowance in account.allowances.items()}
+        self.balance = account.balance
+        self.at = account.at
+
+    def run(self, to: int) -> list[tuple[_Clock, int, Event]]:
+        """Let time pass until the instant `to`; return the clocks that stopped, in order, each with when and why."""
+        stops = []
+        while self.clocks:
+            at = self.at
+            lapsed = [clock for clock in self.clocks if clock.lease_end <= at]
+            stops += [(clock, at, Event.LAPSE) for clock in lapsed]
+            self._drop(lapsed)
+            free, sharers, paid, unable = self._turns()
+            stops += [(clock, at, Event.EXHAUST) for clock in unable]
+            self._drop(unable)
+            if at == to or not self.clocks:
+                break
+            ticks = min(to - at, *(clock.lease_end - at for clock in self.clocks))
+            for advisor_id, sharing in sharers.items():
+                # Too few ticks left for all who share: the seniors have them, in a stretch of a single tick.
+                ticks = min(ticks, self.left[advisor_id] // sharing)
+            if paid:
+                ticks = _payable(paid, ticks, self.balance)
+            for advisor_id, sharing in sharers.items():
+                self.left[advisor_id] -= ticks * sharing
+            for clock in free:
+                clock.free_us += ticks
+            for clock in paid:
+                self.balance -= clock.pay(ticks)
+            self.at += ticks
+        self.at = to
+        return stops
+
+    def _drop(self, stopping: list[_Clock]) -> None:
+        for clock in stopping:
+            self.clocks.remove(clock)
+
+    def _turns(self) -> tuple[list[_Clock], dict[str, int], list[_Clock], list[_Clock]]:
+        """Steps 3 and 4 for the next tick, without taking anything.
+
+        Returns those whose tick is free, how many they are for each advisor, those who pay, and those who would have to
+        and cannot.
+        """
+        free, paid, unable = [], [], []
+        sharers: dict[str, int] = {}
+        balance = self.balance
+        for clock in self.clocks:
+            sharing = sharers.get(clock.advisor_id, 0)
+            if self.left[clock.advisor_id] > sharing:
+                sharers[clock.advisor_id] = sharing + 1
+                free.append(clock)
+                continue
+            price = clock.cost_of(1)
+            if price > balance:
+                unable.append(clock)
+            else:
+                balance -= price
+                paid.append(clock)
+        return free, sharers, paid, unable
 
 
-def _unable_to_pay(clocks: Iterable[_Clock], left: dict[str, int], balance: int) -> list[_Clock]:
-    """Steps 3 and 4 for the next tick, without taking anything: who would have to pay for it and cannot."""
-    left = dict(left)
-    unable = []
-    for clock in clocks:
-        if left[clock.advisor_id] > 0:
-            left[clock.advisor_id] -= 1
-            continue
-        price = clock.cost_of(1)
-        if price > balance:
-            unable.append(clock)
-        else:
-            balance -= price
-    return unable
-
-
-def _stretch(clocks: Iterable[_Clock], left: dict[str, int]) -> tuple[list[_Clock], list[_Clock], int]:
-    """Split running clocks into those with free and those with paid ticks, and say for how many ticks that holds."""
-    sharers = Counter(clock.advisor_id for clock in clocks)
-    available = dict(left)
-    free, paid = [], []
-    ticks = 1 << 62
-    for clock in clocks:
-        if available[clock.advisor_id] > 0:
-            available[clock.advisor_id] -= 1
-            free.append(clock)
-            # Too few ticks left for all sharers: the seniors get them, in a stretch of a single tick.
-            ticks = min(ticks, max(1, left[clock.advisor_id] // sharers[clock.advisor_id]))
-        else:
-            paid.append(clock)
-    return free, paid, ticks
+def _payable(paid: list[_Clock], ticks: int, balance: int) -> int:
+    """Return how many of the next `ticks` the balance can pay for all these clocks."""
+    most = min(ticks, *(clock.ticks_within(balance) for clock in paid))
+    if len(paid) == 1 or _total(paid, most) <= balance:
+        return most
+    # What an equal share can pay for each of them, all can pay together.
+    least = min(clock.ticks_within(balance // len(paid)) for clock in paid)
+    return bisect_right(range(most), balance, lo=least, key=lambda n: _total(paid, n)) - 1
 
 
 def _total(paid: Iterable[_Clock], ticks: int) -> int:

@@ -8,7 +8,6 @@ instant, if the clock stepped back; the command then happens at the account's in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from talktime.errors import (
     BalanceLimitExceeded,
@@ -68,8 +67,8 @@ def start(
         if advisor_id != chat.advisor_id:
             raise WrongAdvisor(chat_id)
         if chat.state is ChatState.RUNNING:
-            return _with_chats(account, replace(_alive(chat, account.at, policy), start_key=key))
-        chat = replace(_alive(chat, account.at, policy), start_key=key)
+            return _with_chats(account, _alive(chat, account.at, policy)._replace(start_key=key))
+        chat = _alive(chat, account.at, policy)._replace(start_key=key)
     else:
         chat = Chat(
             chat_id=chat_id,
@@ -83,8 +82,8 @@ def start(
             start_key=key,
         )
     allowances = {advisor_id: Allowance(card.free_us, 0), **account.allowances}
-    account = replace(account, allowances=allowances)
-    repriced = chat if chat.tariff == card.tariff else replace(chat, tariff=card.tariff, count_us=0)
+    account = account._replace(allowances=allowances)
+    repriced = chat if chat.tariff == card.tariff else chat._replace(tariff=card.tariff, count_us=0)
     started = advance(
         _with_chats(_switch(account, chat, policy.scope), _opened(repriced, account.at, Event.START)), account.at
     )
@@ -138,7 +137,7 @@ def stop(account: Account, now: int, *, chat_id: str) -> Account:
     chat = _known(account, chat_id)
     if chat.state not in TRANSITIONS[Event.STOP]:
         return account
-    return _leave(account, replace(chat, revision=chat.revision + 1), Event.STOP)
+    return _leave(account, chat._replace(revision=chat.revision + 1), Event.STOP)
 
 
 def credit(account: Account, now: int, *, kind: CreditKind, amount: int, memo: str, key: str) -> Account:
@@ -158,7 +157,7 @@ def credit(account: Account, now: int, *, kind: CreditKind, amount: int, memo: s
     if signed > 0 and balance + accrued > MAX_BALANCE:
         raise BalanceLimitExceeded(format_credits(MAX_BALANCE))
     entry = Credit(kind=kind, amount=signed, credited_at=account.at, memo=memo, key=key)
-    return advance(replace(account, balance=balance, journal=(*account.journal, entry)), account.at)
+    return advance(account._replace(balance=balance, journal=(*account.journal, entry)), account.at)
 
 
 def _known(account: Account, chat_id: str) -> Chat:
@@ -170,13 +169,12 @@ def _known(account: Account, chat_id: str) -> Chat:
 
 def _with_chats(account: Account, *chats: Chat) -> Account:
     merged: Mapping[str, Chat] = {**account.chats, **{chat.chat_id: chat for chat in chats}}
-    return replace(account, chats=merged)
+    return account._replace(chats=merged)
 
 
 def _alive(chat: Chat, at: int, policy: Policy) -> Chat:
     """Return the chat after a sign of life at `at`, under the present settings. A heartbeat never moves backwards."""
-    return replace(
-        chat,
+    return chat._replace(
         last_heartbeat_at=max(chat.last_heartbeat_at, at),
         lease_us=policy.lease_us,
         abandon_after_us=policy.abandon_after_us,
@@ -185,8 +183,7 @@ def _alive(chat: Chat, at: int, policy: Policy) -> Chat:
 
 
 def _opened(chat: Chat, at: int, event: Event) -> Chat:
-    return replace(
-        chat,
+    return chat._replace(
         state=TRANSITIONS[event][chat.state],
         opened_at=at,
         opened_count_us=chat.count_us,
@@ -196,8 +193,7 @@ def _opened(chat: Chat, at: int, event: Event) -> Chat:
 
 
 def _refused(chat: Chat, at: int) -> Chat:
-    return replace(
-        chat,
+    return chat._replace(
         state=TRANSITIONS[Event.REFUSE][chat.state],
         stopped_at=at,
         stop_reason=StopReason.EXHAUSTED,
@@ -210,9 +206,9 @@ def _leave(account: Account, chat: Chat, event: Event) -> Account:
     if chat.state is ChatState.RUNNING:
         chat, segment = halt(chat, account.at, event)
     else:
-        chat = replace(chat, state=TRANSITIONS[event][chat.state])
+        chat = chat._replace(state=TRANSITIONS[event][chat.state])
     journal = account.journal if segment is None else (*account.journal, segment)
-    return replace(_with_chats(account, chat), journal=journal)
+    return _with_chats(account, chat)._replace(journal=journal)
 
 
 def _others_in_scope(account: Account, chat: Chat, scope: Scope) -> list[Chat]:
@@ -231,8 +227,7 @@ def _switch(account: Account, chat: Chat, scope: Scope) -> Account:
     """Stop all other clocks in the scope. Lapsed ones are paused too, so that their heartbeats cannot take it back."""
     for other in _others_in_scope(account, chat, scope):
         if other.state in TRANSITIONS[Event.SWITCH]:
-            left = replace(
-                other,
+            left = other._replace(
                 last_heartbeat_at=max(other.last_heartbeat_at, account.at),
                 revision=other.revision + 1,
             )

@@ -6,17 +6,16 @@ are held against the same file of vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from talktime.errors import ChatNotFound
-from talktime.meter.advance import advance, without_leases
-from talktime.meter.state import Account, Chat, ChatState, StopReason, Tariff
+from talktime.meter.advance import Forecast, advance, foretell
+from talktime.meter.state import Account, ChatState, StopReason, Tariff
 from talktime.meter.units import END_OF_TIME_US
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Reading(NamedTuple):
     """What one chat's clock and its user's balance show at the instant `as_of`.
 
     Totals are of the chat, over all its segments; `balance` is the account's. `accrues_until` is where the clock stops
@@ -53,8 +52,7 @@ class Reading:
         return self.state is ChatState.RUNNING
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AccountReading:
+class AccountReading(NamedTuple):
     """What an account shows at the instant `as_of`; `accrued` is the cost so far of its open segments."""
 
     user_id: str
@@ -67,8 +65,7 @@ class AccountReading:
     materialized_through: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(NamedTuple):
     """What a page shows of a chat at one instant: microseconds and micro-credits."""
 
     elapsed_us: int
@@ -118,8 +115,8 @@ def read(account: Account, chat_id: str, now: int) -> Reading:
 def read_many(account: Account, chat_ids: Iterable[str], now: int) -> list[Reading]:
     """Return the readings of several chats of one account, at one instant."""
     view = advance(account, max(now, account.at))
-    beating = advance(without_leases(view), END_OF_TIME_US)
-    return [_read_one(account, view, beating, view.chats[chat_id], now) for chat_id in chat_ids]
+    forecasts = foretell(view, beating=False), foretell(view, beating=True)
+    return [_read_one(view, chat_id, forecasts, now, account.at) for chat_id in chat_ids]
 
 
 def read_account(account: Account, now: int) -> AccountReading:
@@ -139,20 +136,26 @@ def read_account(account: Account, now: int) -> AccountReading:
     )
 
 
-def _read_one(account: Account, view: Account, beating: Account, chat: Chat, now: int) -> Reading:
+def _read_one(
+    view: Account,
+    chat_id: str,
+    forecasts: tuple[Mapping[str, Forecast], Mapping[str, Forecast]],
+    now: int,
+    materialized_through: int,
+) -> Reading:
+    chat = view.chats[chat_id]
     accrues_until = paid_from = free_until = exhausts_at = None
     if chat.state is ChatState.RUNNING:
-        stopped = advance(view, chat.lease_end).chats[chat.chat_id]
-        accrues_until = stopped.stopped_at
+        leased, beating = (forecast[chat_id] for forecast in forecasts)
+        accrues_until = leased.stops_at
         # Free ticks come first, paid ones after: the allowance never grows back.
-        turns_paid = view.at + stopped.free_us - chat.free_us
+        turns_paid = view.at + leased.free_us
         paid_from = turns_paid if accrues_until is not None and turns_paid < accrues_until else None
-        forever = beating.chats[chat.chat_id]
-        turns_paid = view.at + forever.free_us - chat.free_us
+        turns_paid = view.at + beating.free_us
         free_until = turns_paid if view.at < turns_paid < END_OF_TIME_US else None
-        exhausts_at = forever.stopped_at
+        exhausts_at = beating.stops_at
     return Reading(
-        user_id=account.user_id,
+        user_id=view.user_id,
         chat_id=chat.chat_id,
         advisor_id=chat.advisor_id,
         state=chat.state,
@@ -173,5 +176,5 @@ def _read_one(account: Account, view: Account, beating: Account, chat: Chat, now
         started_at=chat.started_at,
         stopped_at=chat.stopped_at,
         stop_reason=chat.stop_reason,
-        materialized_through=account.at,
+        materialized_through=materialized_through,
     )

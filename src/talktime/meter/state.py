@@ -1,13 +1,15 @@
 """The values that the meter works on, and the table of a chat's states.
 
-All values are frozen; mappings inside them are never changed in place. Instants are microseconds since 1970 (UTC).
+All values are named tuples: a pass makes several for each of a million chats, and these are made four times as fast as
+frozen dataclasses. Mappings inside them are never changed in place. Instants are microseconds since 1970 (UTC).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 from talktime.meter.units import MINUTE_US, ceil_div
 
@@ -112,8 +114,11 @@ class CreditKind(StrEnum):
         return self in (CreditKind.REFUND, CreditKind.CORRECTION)
 
 
-@dataclass(frozen=True, slots=True)
-class Tariff:
+ENDLESS = 1 << 62
+"""More microseconds than there are: a time that no count reaches, a lease that does not end."""
+
+
+class Tariff(NamedTuple):
     """A price: micro-credits per minute, and the blocks in which time is sold (0 and 0: exact)."""
 
     rate: int
@@ -134,17 +139,27 @@ class Tariff:
         """Micro-credits for a count of `paid_us`: cumulative, and rounded (up) once."""
         return ceil_div(self.rate * self.blocks_us(paid_us), MINUTE_US)
 
+    def count_within(self, cost: int) -> int:
+        """Return the largest count that costs no more than this: the inverse of `cost`; `ENDLESS` if all are free."""
+        if self.rate == 0:
+            return ENDLESS
+        # ceil(a / b) <= c where a <= b * c
+        blocks_us = cost * MINUTE_US // self.rate
+        if blocks_us < self.first_us:
+            return 0
+        if self.increment_us == 0:
+            return blocks_us
+        return blocks_us - (blocks_us - self.first_us) % self.increment_us
 
-@dataclass(frozen=True, slots=True)
-class RateCard:
+
+class RateCard(NamedTuple):
     """What an advisor asks: the tariff of new segments, and the free time granted at a pair's first start."""
 
     tariff: Tariff
     free_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(NamedTuple):
     """The settings that a command takes with it. `abandon_after_us` is longer than `lease_us`."""
 
     scope: Scope
@@ -152,8 +167,7 @@ class Policy:
     abandon_after_us: int
 
 
-@dataclass(frozen=True, slots=True)
-class Allowance:
+class Allowance(NamedTuple):
     """The free time of a user with one advisor."""
 
     granted_us: int
@@ -165,8 +179,7 @@ class Allowance:
         return self.granted_us - self.used_us
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
+class Chat(NamedTuple):
     """A chat's time record as of its account's instant.
 
     `elapsed_us`, `free_us` and `cost` are totals over all segments, the open one included; `count_us` is the paid
@@ -211,8 +224,7 @@ class Chat:
         return self.last_heartbeat_at + self.abandon_after_us
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(NamedTuple):
     """A closed stretch ``[started_at, ended_at)`` in which a chat's clock ran. `count_us` is the count at its begin."""
 
     chat_id: str
@@ -227,8 +239,7 @@ class Segment:
     cost: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Credit:
+class Credit(NamedTuple):
     """Credits that came in (positive) or were taken (negative), with the idempotency key of the request."""
 
     kind: CreditKind
@@ -238,8 +249,7 @@ class Credit:
     key: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
+class Account(NamedTuple):
     """A user's whole metering state at the instant `at`.
 
     `journal` is what happened since the state was loaded, oldest first: the history that is still to be written.
@@ -248,8 +258,8 @@ class Account:
     user_id: str
     at: int
     balance: int = 0
-    allowances: Mapping[str, Allowance] = field(default_factory=dict)
-    chats: Mapping[str, Chat] = field(default_factory=dict)
+    allowances: Mapping[str, Allowance] = MappingProxyType({})
+    chats: Mapping[str, Chat] = MappingProxyType({})
     journal: tuple[Segment | Credit, ...] = ()
 
 
@@ -281,8 +291,7 @@ def halt(chat: Chat, at: int, event: Event) -> tuple[Chat, Segment | None]:
         paid_us=paid_us,
         cost=chat.accrued,
     )
-    stopped = replace(
-        chat,
+    stopped = chat._replace(
         state=TRANSITIONS[event][chat.state],
         stopped_at=at,
         stop_reason=reason,
