@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import pendulum
 
-from talktime import operating, operations
+from talktime import operating, passes
 from talktime.errors import DatabaseUnavailable
-from talktime.operations import BatchFailed
+from talktime.passes import BatchFailed
 
 if TYPE_CHECKING:
     from talktime.store.database import Database
@@ -74,7 +74,7 @@ async def sweep(
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
-    buckets, now, oldest = await operations.due(database)
+    buckets, now, oldest = await passes.due(database)
     made = Pass(lag_us=max(0, now - oldest), began_at=now)
     total = sum(buckets.values())
     progress(0, total)
@@ -137,7 +137,7 @@ async def _sweep_bucket(
     while after is not None and not stop.is_set():
         singly = after < singly_through
         try:
-            accounts, chats, after = await operations.materialize(
+            accounts, chats, after = await passes.materialize(
                 database, bucket, after=after, before=before, limit=1 if singly else limit
             )
         except BatchFailed as failure:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import URL
 
-from tests import sql_rules
+from tests import driver, sql_rules
 from tests.database import Clock, Databases, provided_databases, running_server, simulated_clock
 
 _SCANNED: set[str] = set()
@@ -32,6 +32,13 @@ def _scan(_connection: object, _cursor: object, statement: str, *_: object) -> N
     if statement not in _SCANNED:
         sql_rules.check(statement)
         _SCANNED.add(statement)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _past_sqlalchemy() -> Iterator[None]:
+    """Scan what is sent past SQLAlchemy too."""
+    with driver.watched(lambda connection, statement, _: _scan(connection, None, statement)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from talktime import operating, operations
+from talktime import operating, operations, passes
 from talktime.meter.advance import advance
 from talktime.meter.state import (
     Account,
@@ -150,9 +150,9 @@ async def test_the_last_hour_is_what_the_balances_lost_minute_by_minute(database
 
 
 async def _pass(service: Service) -> None:
-    buckets, now, _ = await operations.due(service.database)
+    buckets, now, _ = await passes.due(service.database)
     for bucket in buckets:
-        await operations.materialize(service.database, bucket, after="", before=now, limit=99)
+        await passes.materialize(service.database, bucket, after="", before=now, limit=99)
 
 
 async def test_running_chats_come_newest_first_and_those_that_have_stopped_are_left_out(

@@ -19,6 +19,7 @@
     │   ├── InsufficientBalance      a refund or correction larger than what is left
     │   └── BalanceLimitExceeded     a credit that would pass the largest balance
     ├── IdempotencyKeyReused         the key came before with another request
+    ├── Overloaded                   more wait for the database than can be answered soon; nothing was done
     └── DatabaseUnavailable          no answer from the database; the outcome may be unknown, repeat the request
         ├── LockTimeout              somebody held a row for too long; nothing was written
         └── EmbeddedDatabaseError    the embedded PostgreSQL cannot be prepared or started
@@ -131,6 +132,13 @@ class IdempotencyKeyReused(TalktimeError):
 
     def __init__(self) -> None:
         super().__init__("this Idempotency-Key was used before with a different request")
+
+
+class Overloaded(TalktimeError):
+    """More requests wait for the database than it can answer soon. Nothing was done."""
+
+    def __init__(self) -> None:
+        super().__init__("too many requests are waiting; try again")
 
 
 class DatabaseUnavailable(TalktimeError):

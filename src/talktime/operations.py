@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from talktime.errors import (
-    ChatNotActive,
-    ChatNotFound,
-    DatabaseUnavailable,
-    IdempotencyKeyReused,
-    LockTimeout,
-    UserNotFound,
-)
+from talktime.batching import Batcher
+from talktime.errors import ChatNotActive, ChatNotFound, DatabaseUnavailable, IdempotencyKeyReused, UserNotFound
 from talktime.meter import commands
 from talktime.meter.advance import advance
 from talktime.meter.reading import AccountReading, Reading, read, read_many
@@ -35,24 +30,46 @@ from talktime.meter.state import (
     StopReason,
     Tariff,
 )
-from talktime.store import accounts, ledger
+from talktime.store import accounts, batches, ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from talktime.store.batches import ChatKey, Loaded
     from talktime.store.database import Database
     from talktime.store.ledger import LedgerEntry
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Service:
-    """What the use cases need: a database, and the settings that commands take with them."""
+    """What the use cases need: a database, and the settings that commands take with them.
+
+    Readings and heartbeats are most of what is asked for: those that come at the same time share their statements.
+    """
 
     database: Database
     policy: Policy
     default_card: RateCard
+
+    @cached_property
+    def readings(self) -> Batcher[ChatKey, Loaded]:
+        """Loads what the readings of chats need."""
+        line = self.database.line()
+        return Batcher(lambda keys: line.run(partial(batches.load_many, keys=keys)))
+
+    @cached_property
+    def beats(self) -> Batcher[ChatKey, Loaded]:
+        """Renews the leases of chats whose clocks run, and loads what their readings need."""
+        line = self.database.line()
+        return Batcher(lambda keys: line.run(partial(batches.beat_many, keys=keys)))
+
+    async def close(self) -> None:
+        """Answer those who still wait, then close all connections."""
+        await self.readings.drain()
+        await self.beats.drain()
+        await self.database.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,17 +153,9 @@ async def heartbeat(service: Service, user_id: str, chat_id: str) -> Reading:
     A running chat whose row is free takes the fast path, without the account's lock: it may only move
     `last_heartbeat_at`, which commutes with whatever pass or command is under way.
     """
-
-    async def fast(connection: AsyncConnection) -> Reading | None:
-        beat = await accounts.lock_beat(connection, user_id, chat_id)
-        if beat is None or beat.now >= beat.lease_end:
-            return None
-        await accounts.save_beat(connection, user_id, chat_id, beat.now)
-        return await _load_reading(connection, user_id, chat_id)
-
-    reading = await service.database.transaction(fast)
-    if reading is not None:
-        return reading
+    beaten = await service.beats.ask((user_id, chat_id))
+    if beaten is not None:
+        return read(beaten.account, chat_id, beaten.now)
     return await _command(
         service,
         user_id,
@@ -204,58 +213,15 @@ async def _command(service: Service, user_id: str, chat_id: str, command: Callab
     return await service.database.transaction(work)
 
 
-class BatchFailed(Exception):
-    """A batch could not be materialized and was rolled back; `user_ids` are the accounts that it held."""
-
-    def __init__(self, user_ids: list[str]) -> None:
-        self.user_ids = user_ids
-        super().__init__(f"{len(user_ids)} accounts from {user_ids[0]!r} to {user_ids[-1]!r} were not materialized")
-
-
-async def due(database: Database) -> tuple[dict[int, int], int, int]:
-    """Look up the work due: accounts per bucket, the instant of the look-up, and the oldest materialized instant."""
-    return await database.transaction(accounts.load_due)
-
-
-async def materialize(
-    database: Database, bucket: int, *, after: str, before: int, limit: int
-) -> tuple[int, int, str | None]:
-    """Write one batch of due accounts of a bucket as they stand now.
-
-    Takes accounts beyond the user id `after` that were not materialized since the instant `before`. Returns how many
-    accounts and chats were written, and the last user id, or None if the bucket has nothing more.
-
-    Raises:
-        BatchFailed: an account of the batch cannot be written.
-        DatabaseUnavailable: no answer.
-    """
-    held: list[str] = []
-
-    async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
-        rows = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
-        held[:] = [row.user_id for row in rows]
-        if not held:
-            return 0, 0, None
-        batch, now = await accounts.lock_chats(connection, bucket, rows)
-        changes = [(stored, advance(stored.account, max(now, stored.account.at))) for stored in batch]
-        await accounts.save(connection, changes)
-        return len(batch), sum(len(a.chats) for _, a in changes), held[-1] if len(batch) == limit else None
-
-    try:
-        return await database.transaction(work)
-    except Exception as error:
-        # A database that is away is nobody's fault; a row that somebody holds, or that cannot be written, is one's.
-        if not held or (isinstance(error, DatabaseUnavailable) and not isinstance(error, LockTimeout)):
-            raise
-        raise BatchFailed(held) from error
-
-
 # --- reads ------------------------------------------------------------------------------------------------------------
 
 
 async def read_chat(service: Service, user_id: str, chat_id: str) -> Reading:
     """Return a chat's reading now."""
-    return await service.database.read(lambda connection: _load_reading(connection, user_id, chat_id))
+    loaded = await service.readings.ask((user_id, chat_id))
+    if loaded is None:
+        raise ChatNotFound(user_id, chat_id)
+    return read(loaded.account, chat_id, loaded.now)
 
 
 async def advisor_of(service: Service, user_id: str, chat_id: str) -> str | None:
@@ -354,14 +320,6 @@ async def _load_account(connection: AsyncConnection, user_id: str, chat_id: str 
     if loaded is None:
         raise UserNotFound(user_id)
     return loaded
-
-
-async def _load_reading(connection: AsyncConnection, user_id: str, chat_id: str) -> Reading:
-    loaded = await accounts.load(connection, user_id, chat_id)
-    if loaded is None:
-        raise ChatNotFound(user_id, chat_id)
-    account, now = loaded
-    return read(account, chat_id, now)
 
 
 def _view_of(segment: Segment) -> SegmentView:

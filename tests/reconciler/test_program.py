@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from psycopg import AsyncConnection
 from sqlalchemy.engine import URL
 
 from reconciler.__main__ import _run as run_reconciler
 from talktime import operations
 from talktime.meter.state import ChatState, CreditKind, Policy, RateCard, Scope
-from talktime.store.accounts import lock_beat
+from talktime.store.batches import lock_beating
 from talktime.store.database import Database
 from tests.database import Clock, connect
 from tests.support import CREDIT, ONE_A_SECOND, POLICY, S, audit_lines, open_service
@@ -175,10 +176,15 @@ async def test_an_audit_that_is_stopped_does_not_say_that_all_is_well(database_u
 async def test_a_row_that_somebody_holds_does_not_hold_up_its_neighbours(database_url: URL) -> None:
     await _chats(database_url, 12)
     await asyncio.sleep(1.1)
-    async with open_service(database_url) as service, service.database.engine.connect() as holder:
-        assert await lock_beat(holder, "u3", "c") is not None
-        done = await asyncio.to_thread(_run, database_url)
-        await holder.rollback()
+    async with open_service(database_url) as service:
+
+        async def hold(connection: AsyncConnection) -> subprocess.CompletedProcess[str]:
+            key = "u3", "c"
+            held, _ = await lock_beating(connection, [key])
+            assert [key] == held
+            return await asyncio.to_thread(_run, database_url)
+
+        done = await service.database.line().run(hold)
     assert 1 == done.returncode
     assert "accounts=11 chats=11 failed=1" in done.stderr
     again = _run(database_url)

@@ -22,12 +22,12 @@ from importlib import import_module
 from typing import Any
 
 import uvicorn
-from sqlalchemy import Engine, event
 
 from reconciler.sweep import sweep
 from talktime.api.app import create_app
 from talktime.settings import load_settings
 from talktime.store.database import Database
+from tests import driver
 from tests.simulator.processes import DIE_AT, STALL_AT
 
 STALL_S = 0.01
@@ -132,18 +132,17 @@ def main() -> None:
     for name in FIRST_NEEDED:
         import_module(name)
     create_app(load_settings({}), lambda: Database("postgresql+psycopg://"))  # what Litestar imports when it is asked
-    event.listen(Engine, "before_cursor_execute", fate.count)
-    event.listen(Engine, "commit", fate.count)
     gc.freeze()  # what is there now stays; those that are forked need not look at it again and again
     started: set[int] = set()
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = _answer(request, fate)
-        if "pid" in answer:
-            started.add(answer["pid"])
-        started.discard(request.get("wait", 0))
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+    with driver.watched(fate.count, fate.count):
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = _answer(request, fate)
+            if "pid" in answer:
+                started.add(answer["pid"])
+            started.discard(request.get("wait", 0))
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
     for pid in started:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import URL
@@ -18,6 +19,7 @@ from talktime.meter.reading import Reading
 from talktime.meter.state import ChatState, CreditKind, Policy, Scope
 from talktime.operations import Service
 from talktime.store import accounts
+from talktime.store.batches import lock_beating, renew
 from talktime.store.tables import bucket_of
 from tests.database import Clock, connect
 from tests.support import CREDIT, FREE_OF_CHARGE, ONE_A_SECOND, POLICY, audit_lines, open_service, until_blocked
@@ -72,14 +74,16 @@ async def test_a_beat_in_flight_is_not_lost_to_a_pass_that_would_close_the_segme
     async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
         began = (await _start(service, "c")).started_at
         clock.set(began + 90)
-        async with service.database.engine.connect() as beating:
-            beat = await accounts.lock_beat(beating, "u", "c")
-            assert beat is not None
+
+        async def beat(connection: psycopg.AsyncConnection) -> asyncio.Task[int]:
+            alive, now = await lock_beating(connection, [("u", "c")])
             clock.set(began + 150)  # past the lease of 100, unless the beat counts
             passing = asyncio.create_task(_pass(service))
             await until_blocked(database_url)
-            await accounts.save_beat(beating, "u", "c", beat.now)
-            await beating.commit()
+            await renew(connection, alive, now)
+            return passing
+
+        passing = await service.database.line().run(beat)
         assert await passing == 1
         reading = await operations.read_chat(service, "u", "c")
         assert (ChatState.RUNNING, 150, began + 190, began + 150) == (

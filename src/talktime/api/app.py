@@ -53,14 +53,12 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        database = open_database()
+        service = Service(database=open_database(), policy=settings.policy, default_card=settings.default_card)
+        app.state["service"] = service
         try:
-            app.state["service"] = Service(
-                database=database, policy=settings.policy, default_card=settings.default_card
-            )
             yield
         finally:
-            await database.close()
+            await service.close()
 
     async def load_keys() -> dict[bytes, str]:
         return await active_keys(cast("Service", app.state["service"]).database)

@@ -59,6 +59,7 @@ DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
     errors.InsufficientBalance: Kind(409, "insufficient-balance", "The balance is too small"),
     errors.BalanceLimitExceeded: Kind(409, "balance-limit-exceeded", "The balance would be too large"),
     errors.IdempotencyKeyReused: Kind(422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
+    errors.Overloaded: UNAVAILABLE,
     errors.DatabaseUnavailable: UNAVAILABLE,
 }
 """The one place where an error of the domain gets a status."""

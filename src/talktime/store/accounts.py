@@ -6,10 +6,8 @@ made different, with one statement per table whatever the number of accounts, al
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import insert
 from sqlalchemy.dialects.postgresql import insert as insert_or_nothing
@@ -21,31 +19,25 @@ from talktime.store.ledger import LedgerEntry, entries_of, insert_history
 from talktime.store.tables import bucket_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row, Table, Update
+    from sqlalchemy import Row, Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
 
+_ACCOUNT_COLUMNS = len(_account.columns)
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An account as it is stored, and the number of its next ledger entry."""
+
+class Stored(NamedTuple):
+    """An account as it is stored, the number of its next ledger entry, and from when a pass has something to write."""
 
     account: Account
     next_entry: int
+    due_at: int | None
 
     @property
     def booked(self) -> int:
         """The running sum of the ledger: the balance and what open segments had cost when it was materialized."""
         return self.account.balance + sum(chat.accrued for chat in self.account.chats.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A running chat whose row a fast heartbeat holds locked, and the instant that was read under the lock."""
-
-    now: int
-    lease_end: int
 
 
 # --- locking ----------------------------------------------------------------------------------------------------------
@@ -110,50 +102,31 @@ async def lock_chats(
 ) -> tuple[list[Stored], int]:
     """Lock the live chats of locked account rows, and in whatever state the chat `chat_id`; then read the clock."""
     user_ids = [row.user_id for row in accounts]
-    users: dict[str, Any] = {"in_bucket": bucket, "of_users": user_ids}
+    users: dict[str, Any] = {"in_bucket": bucket, "of_users": sql.array_literal(user_ids)}
     if chat_id is None:
         chats = (await connection.execute(sql.LOCK_LIVE_CHATS, users)).all()
     else:
         chats = (await connection.execute(sql.LOCK_LIVE_CHATS_AND_ONE, {**users, "of_chat": chat_id})).all()
     # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
     # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
-    advisors = list({chat.advisor_id for chat in chats} | ({advisor_id} if advisor_id else set()))
-    facts = (await connection.execute(sql.CLOCK_AND_ALLOWANCES, {**users, "of_advisors": advisors})).all()
-    chats_of: dict[str, dict[str, Chat]] = defaultdict(dict)
+    chats_of: dict[str, dict[str, Chat]] = {user_id: {} for user_id in user_ids}
+    # The clock is to be had even where there is no allowance: the first account stands there without an advisor.
+    pairs: set[tuple[str, str | None]] = {(user_ids[0], advisor_id)}
     for row in chats:
-        chats_of[row.user_id][row.chat_id] = chat_from(row)
-    allowances_of: dict[str, dict[str, Allowance]] = defaultdict(dict)
-    for row in facts:
-        if row.advisor_id is not None:
-            allowances_of[row.user_id][row.advisor_id] = Allowance(row.granted_us, row.used_us)
+        chat = chat_from(row)
+        chats_of[row[1]][chat.chat_id] = chat
+        pairs.add((row[1], chat.advisor_id))
+    place = {"in_bucket": bucket, "of_user": user_ids[0], **sql.arrays("of_", sql.PAIR, pairs)}
+    facts = (await connection.execute(sql.CLOCK_AND_ALLOWANCES, place)).all()
+    allowances_of: dict[str, dict[str, Allowance]] = {user_id: {} for user_id in user_ids}
+    for _, user_id, advisor, granted_us, used_us in facts:
+        if advisor is not None:
+            allowances_of[user_id][advisor] = Allowance(granted_us, used_us)
     stored = [
-        Stored(
-            Account(
-                user_id=row.user_id,
-                at=row.materialized_through,
-                balance=row.balance,
-                allowances=allowances_of[row.user_id],
-                chats=chats_of[row.user_id],
-            ),
-            row.next_entry,
-        )
-        for row in accounts
+        Stored(Account(user_id, at, balance, allowances_of[user_id], chats_of[user_id]), next_entry, due_at)
+        for _, user_id, balance, at, next_entry, due_at in (row[:_ACCOUNT_COLUMNS] for row in accounts)
     ]
-    return stored, max(row.now for row in facts)
-
-
-async def lock_beat(connection: AsyncConnection, user_id: str, chat_id: str) -> Beat | None:
-    """Lock a running chat for a fast heartbeat, and read the clock; None if it does not run, or somebody holds it.
-
-    What skips locks never waits, so lock and clock may share a statement.
-    """
-    row = (await connection.execute(sql.LOCK_BEATING_CHAT, _key(user_id, chat_id))).one_or_none()
-    return None if row is None else Beat(row.now, row.last_heartbeat_at + row.lease_us)
-
-
-async def save_beat(connection: AsyncConnection, user_id: str, chat_id: str, now: int) -> None:
-    """Renew the lease of the chat that `lock_beat` locked; never backwards."""
-    await connection.execute(sql.RENEW_LEASE, {**_key(user_id, chat_id), "beat_at": now})
+    return stored, facts[0].now
 
 
 def _key(user_id: str, chat_id: str) -> dict[str, Any]:
@@ -169,25 +142,20 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
     Returns the ledger entries that were added.
     """
     bucket = bucket_of(changes[0][1].user_id)
-    entries = [entry for stored, after in changes for entry in entries_of(after, stored.next_entry, stored.booked)]
-    added: dict[str, int] = defaultdict(int)
-    for entry in entries:
-        added[entry.user_id] += 1
-    await _update(
-        connection,
-        sql.UPDATE_ACCOUNTS,
-        bucket,
-        [
-            {
-                "user_id": after.user_id,
-                "balance": after.balance,
-                "materialized_through": after.at,
-                "next_entry": stored.next_entry + added[after.user_id],
-                "due_at": due_at(after),
-            }
-            for stored, after in changes
-        ],
-    )
+    entries: list[LedgerEntry] = []
+    # Of most accounts in most passes only the balance changes, and the instant, which is the same for all.
+    at = changes[0][1].at
+    grown, changed = [], []
+    for stored, after in changes:
+        added = entries_of(after, stored.next_entry, stored.booked) if after.journal else []
+        entries += added
+        due = due_at(after)
+        if added or due != stored.due_at or after.at != at:
+            changed.append((after.user_id, after.balance, after.at, stored.next_entry + len(added), due))
+        else:
+            grown.append((after.user_id, after.balance))
+    await _update(connection, sql.UPDATE_GROWN_ACCOUNTS, bucket, grown, at=at)
+    await _update(connection, sql.UPDATE_ACCOUNTS, bucket, changed)
     await _save_chats(connection, bucket, changes)
     await _save_allowances(connection, bucket, changes)
     await insert_history(connection, bucket, [after for _, after in changes], entries)
@@ -195,36 +163,36 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
 
 
 async def _save_chats(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
-    new_chats, changed_chats, grown_chats = [], [], []
+    new, changed, grown = [], [], []
     for stored, after in changes:
-        for chat in after.chats.values():
-            before = stored.account.chats.get(chat.chat_id)
+        for chat_id, chat in after.chats.items():
+            before = stored.account.chats.get(chat_id)
             if before is None:
-                fixed = {"bucket": bucket, "advisor_id": chat.advisor_id, "started_at": chat.started_at}
-                new_chats.append({**fixed, **_chat_row(after.user_id, chat)})
+                new.append(_row_of(bucket, after.user_id, chat))
+            elif chat is before:
+                continue
             elif _has_only_grown(before, chat):
-                totals = {name: getattr(chat, name) for name in sql.CHAT_TOTALS}
-                grown_chats.append({"user_id": after.user_id, "chat_id": chat.chat_id, **totals})
-            elif chat is not before:
-                changed_chats.append(_chat_row(after.user_id, chat))
-    await _insert(connection, _chat, new_chats)
-    await _update(connection, sql.UPDATE_CHATS, bucket, changed_chats)
-    await _update(connection, sql.UPDATE_CHAT_TOTALS, bucket, grown_chats)
+                grown.append((after.user_id, chat_id, chat.count_us, chat.elapsed_us, chat.free_us, chat.cost))
+            else:
+                row = _row_of(bucket, after.user_id, chat)
+                changed.append([row[column.name] for column in sql.UPDATE_CHATS.columns])
+    await _insert(connection, _chat, new)
+    await _update(connection, sql.UPDATE_CHATS, bucket, changed)
+    await _update(connection, sql.UPDATE_CHAT_TOTALS, bucket, grown)
 
 
 async def _save_allowances(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
-    new_allowances, used_allowances = [], []
+    new, used = [], []
     for stored, after in changes:
         for advisor_id, allowance in after.allowances.items():
-            key = {"user_id": after.user_id, "advisor_id": advisor_id}
             granted = stored.account.allowances.get(advisor_id)
             if granted is None:
-                figures = {"granted_us": allowance.granted_us, "used_us": allowance.used_us}
-                new_allowances.append({"bucket": bucket, **key, **figures})
-            elif allowance != granted:
-                used_allowances.append({**key, "used_us": allowance.used_us})
-    await _insert(connection, _allowance, new_allowances)
-    await _update(connection, sql.UPDATE_ALLOWANCES, bucket, used_allowances)
+                place = {"bucket": bucket, "user_id": after.user_id, "advisor_id": advisor_id}
+                new.append({**place, **allowance._asdict()})
+            elif allowance.used_us != granted.used_us:
+                used.append((after.user_id, advisor_id, allowance.used_us))
+    await _insert(connection, _allowance, new)
+    await _update(connection, sql.UPDATE_ALLOWANCES, bucket, used)
 
 
 def due_at(account: Account) -> int | None:
@@ -240,15 +208,17 @@ def _has_only_grown(before: Chat, after: Chat) -> bool:
     return after.opened_at is not None and after.opened_at == before.opened_at and after.revision == before.revision
 
 
-async def _insert(connection: AsyncConnection, table: Table, rows: list[dict[str, Any]]) -> None:
+async def _insert(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
     if rows:
         await connection.execute(insert(table), rows)
 
 
-async def _update(connection: AsyncConnection, statement: Update, bucket: int, rows: list[dict[str, Any]]) -> None:
+async def _update(
+    connection: AsyncConnection, update: sql.UpdateOfMany, bucket: int, rows: Sequence[Sequence[Any]], **same: int
+) -> None:
     if rows:
-        values = {f"new_{name}": [row[name] for row in rows] for name in rows[0]}
-        await connection.execute(statement, {"in_bucket": bucket, **values})
+        values = {"in_bucket": bucket, **sql.arrays("new_", update.columns, rows), **same}
+        await connection.execute(update.statement, values)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -273,7 +243,7 @@ async def load(connection: AsyncConnection, user_id: str, chat_id: str | None = 
         at=rows[0].materialized_through,
         balance=rows[0].balance,
         allowances={row.advisor_id: Allowance(row.granted_us, row.used_us) for row in found},
-        chats={row.chat_id: chat_from(row) for row in found},
+        chats={row.chat_id: chat_from(row[3:-2]) for row in found},
     )
     return account, rows[0].now
 
@@ -298,7 +268,7 @@ async def load_chats(
     page = {
         "in_bucket": bucket_of(user_id),
         "of_user": user_id,
-        "in_states": [str(state) for state in states],
+        "in_states": sql.array_literal(states),
         "at_most": limit,
     }
     if after is None:
@@ -307,7 +277,7 @@ async def load_chats(
         rows = await connection.execute(
             sql.NEXT_CHATS_PAGE, {**page, "after_started_at": after[0], "of_chat": after[1]}
         )
-    return [(chat_from(row), Allowance(row.granted_us, row.used_us)) for row in rows.all()]
+    return [(chat_from(row[:-2]), Allowance(row.granted_us, row.used_us)) for row in rows.all()]
 
 
 async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, int]:
@@ -320,49 +290,42 @@ async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, in
 # --- rows and values --------------------------------------------------------------------------------------------------
 
 
-def chat_from(row: Row[Any]) -> Chat:
-    """Return the value of a row of `chat`."""
+def chat_from(row: Sequence[Any]) -> Chat:
+    """Return the value of a row of `chat`: of all its columns in their order, and no others."""
+    _, _, chat_id, advisor_id, state, rate, first_us, increment_us, lease_us, abandon_after_us = row[:10]
+    last_heartbeat_at, started_at, revision, start_key, stopped_at, reason = row[10:16]
     return Chat(
-        chat_id=row.chat_id,
-        advisor_id=row.advisor_id,
-        state=ChatState(row.state),
-        tariff=Tariff(row.rate, row.first_us, row.increment_us),
-        lease_us=row.lease_us,
-        abandon_after_us=row.abandon_after_us,
-        last_heartbeat_at=row.last_heartbeat_at,
-        started_at=row.started_at,
-        revision=row.revision,
-        start_key=row.start_key,
-        stopped_at=row.stopped_at,
-        stop_reason=None if row.stop_reason is None else StopReason(row.stop_reason),
-        opened_at=row.opened_at,
-        opened_count_us=row.opened_count_us,
-        count_us=row.count_us,
-        elapsed_us=row.elapsed_us,
-        free_us=row.free_us,
-        cost=row.cost,
+        chat_id,
+        advisor_id,
+        _STATES[state],
+        Tariff(rate, first_us, increment_us),
+        lease_us,
+        abandon_after_us,
+        last_heartbeat_at,
+        started_at,
+        revision,
+        start_key,
+        stopped_at,
+        None if reason is None else _REASONS[reason],
+        *row[16:],
     )
 
 
-def _chat_row(user_id: str, chat: Chat) -> dict[str, Any]:
+_STATES = {str(state): state for state in ChatState}
+_REASONS = {str(reason): reason for reason in StopReason}
+
+
+def _row_of(bucket: int, user_id: str, chat: Chat) -> dict[str, Any]:
+    """Return the row of `chat` that `chat_from` reads."""
+    values = chat._asdict()
+    rate, first_us, increment_us = values.pop("tariff")
     return {
+        **values,
+        "bucket": bucket,
         "user_id": user_id,
-        "chat_id": chat.chat_id,
         "state": str(chat.state),
-        "rate": chat.tariff.rate,
-        "first_us": chat.tariff.first_us,
-        "increment_us": chat.tariff.increment_us,
-        "lease_us": chat.lease_us,
-        "abandon_after_us": chat.abandon_after_us,
-        "last_heartbeat_at": chat.last_heartbeat_at,
-        "revision": chat.revision,
-        "start_key": chat.start_key,
-        "stopped_at": chat.stopped_at,
+        "rate": rate,
+        "first_us": first_us,
+        "increment_us": increment_us,
         "stop_reason": None if chat.stop_reason is None else str(chat.stop_reason),
-        "opened_at": chat.opened_at,
-        "opened_count_us": chat.opened_count_us,
-        "count_us": chat.count_us,
-        "elapsed_us": chat.elapsed_us,
-        "free_us": chat.free_us,
-        "cost": chat.cost,
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 from sqlalchemy import event
@@ -16,7 +17,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from talktime.errors import DatabaseUnavailable, LockTimeout
 from talktime.store.embedded import embedded_postgres
@@ -38,10 +40,12 @@ APPLICATION_ROLE = "talktime_app"
 """The role with no more privileges than the application needs; a migration makes it, and says which they are."""
 
 # Since PostgreSQL 16 a member of a role need not be allowed to take it. The role is the server's, its privileges are
-# this database's: where that has not been migrated yet, or no longer is, there are none.
+# this database's: where that has not been migrated yet, or no longer is, there are none. And Citus logs in to its nodes
+# as the role that a session has, which this one cannot do.
 _MAY_TAKE_ROLE = """
 SELECT pg_has_role(oid, CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER' ELSE 'SET' END)
     AND has_table_privilege(oid, to_regclass('account'), 'INSERT')
+    AND (rolcanlogin OR NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus'))
 FROM pg_roles WHERE rolname = %s
 """
 # The schemas that the login sees: "$user" in a search path would mean the role from now on.
@@ -74,21 +78,28 @@ class Database:
     """A pool of connections to one PostgreSQL."""
 
     def __init__(self, url: URL | str, *, pool_size: int = 20) -> None:
-        self.engine = create_async_engine(
+        self.engine = self._engine(url, pool_size=pool_size, max_overflow=0, pool_timeout=POOL_WAIT_SECONDS_MAX)
+        self._beside = self._engine(url, poolclass=NullPool)
+        self._lines: list[Line] = []
+        self._told_of_role = False
+
+    def _engine(self, url: URL | str, **pool: Any) -> AsyncEngine:  # noqa: ANN401 - SQLAlchemy's options
+        engine = create_async_engine(
             url,
-            pool_size=pool_size,
-            max_overflow=0,
             hide_parameters=True,  # ids, memos and keys stay out of the log
             # Whatever the server's default is: the locking order is made for this one.
             isolation_level="READ COMMITTED",
-            pool_timeout=POOL_WAIT_SECONDS_MAX,
             connect_args={"connect_timeout": CONNECT_SECONDS_MAX, "application_name": "talktime"},
+            **pool,
         )
-        self._told_of_role = False
-        event.listen(self.engine.sync_engine, "connect", self._prepare_session)
+        event.listen(engine.sync_engine, "connect", self._prepare_session)
+        return engine
 
     async def close(self) -> None:
         """Close all connections."""
+        for line in self._lines:
+            await line.close()
+        await self._beside.dispose()
         await self.engine.dispose()
 
     async def transaction(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
@@ -101,38 +112,46 @@ class Database:
             DatabaseUnavailable: no answer. If the connection was lost at COMMIT the outcome is unknown: the caller
                 repeats the request, which its idempotency makes safe.
         """
-        return await self._run(work, None)
+        return await self._run(work, self.engine.connect, commits=True)
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run `work`, which reads with a single statement, without the cost of a transaction around it."""
-        return await self._run(work, "AUTOCOMMIT")
+        return await self._run(work, partial(self._connect, "AUTOCOMMIT"))
 
     async def snapshot(self, work: Callable[[AsyncConnection], Awaitable[T]], *, patient: bool = False) -> T:
         """Run `work`, whose statements all see one and the same snapshot, without a time limit if `patient`.
 
         It only reads.
         """
-        return await self._run(work, "REPEATABLE READ", patient=patient)
+        return await self._run(work, partial(self._connect, "REPEATABLE READ"), patient=patient)
+
+    def line(self) -> Line:
+        """Return a connection beside the pool, for one user who needs it all the time."""
+        line = Line(partial(self._run, commits=False), self._beside)
+        self._lines.append(line)
+        return line
+
+    @asynccontextmanager
+    async def _connect(self, isolation: str) -> AsyncIterator[AsyncConnection]:
+        async with self.engine.connect() as connection:
+            yield await connection.execution_options(isolation_level=isolation)
 
     async def _run(
         self,
         work: Callable[[AsyncConnection], Awaitable[T]],
-        isolation: str | None,
+        connect: Callable[[], AbstractAsyncContextManager[AsyncConnection]],
         *,
+        commits: bool = False,
         patient: bool = False,
     ) -> T:
         for attempt in range(1, ATTEMPTS + 1):
             committing = False
             try:
-                async with (
-                    asyncio.timeout(None if patient else TRANSACTION_SECONDS_MAX),
-                    self.engine.connect() as connection,
-                ):
-                    if isolation is not None:
-                        await connection.execution_options(isolation_level=isolation)
+                async with asyncio.timeout(None if patient else TRANSACTION_SECONDS_MAX), connect() as connection:
                     result = await work(connection)
-                    committing = isolation is None  # what only read can be read again
-                    await connection.commit()
+                    if commits:
+                        committing = True  # what only reads can be done again
+                        await connection.commit()
                     return result
             except DBAPIError as error:
                 again = _is_conflict(error) or (error.connection_invalidated and not committing)
@@ -165,6 +184,54 @@ class Database:
             )
         cursor.close()
         connection.autocommit = False
+
+
+class Line:
+    """A connection that is kept, and used past SQLAlchemy: what it does for a statement is left out here.
+
+    Statements go to the driver, each by itself unless `work` says BEGIN and COMMIT. One use at a time.
+    """
+
+    def __init__(self, run: Callable[..., Awaitable[Any]], engine: AsyncEngine) -> None:
+        self._run = run
+        self._engine = engine
+        self._kept: AsyncConnection | None = None
+
+    async def run(self, work: Callable[[psycopg.AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work`, several times if need be: so doing it twice must be as good as once, also after a COMMIT.
+
+        Raises:
+            DatabaseUnavailable: no answer.
+        """
+
+        async def direct(connection: AsyncConnection) -> T:
+            driver = cast("psycopg.AsyncConnection", (await connection.get_raw_connection()).driver_connection)
+            try:
+                return await work(driver)
+            except psycopg.Error as error:
+                raise DBAPIError(None, None, error, connection_invalidated=driver.closed) from error
+
+        result: T = await self._run(direct, self._connect)
+        return result
+
+    async def close(self) -> None:
+        """Close the connection; the next use opens another."""
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
+            await kept.invalidate()
+            await kept.close()
+
+    @asynccontextmanager
+    async def _connect(self) -> AsyncIterator[AsyncConnection]:
+        try:
+            if self._kept is None:
+                self._kept = await self._engine.connect()
+                await self._kept.execution_options(isolation_level="AUTOCOMMIT")
+            yield self._kept
+        except BaseException:
+            # Whatever went wrong: nobody can tell what state it is in.
+            await self.close()
+            raise
 
 
 def _sqlstate(error: DBAPIError) -> str:

@@ -154,7 +154,7 @@ def _accounts_from(rows: Sequence[Row[Any]]) -> list[Account]:
     allowances: dict[str, dict[str, Allowance]] = defaultdict(dict)
     facts = {}
     for row in rows:
-        chats[row.user_id][row.chat_id] = chat_from(row)
+        chats[row.user_id][row.chat_id] = chat_from(row[2:-2])
         allowances[row.user_id][row.advisor_id] = Allowance(row.granted_us, row.used_us)
         facts[row.user_id] = row.materialized_through, row.balance
     return [

@@ -1,11 +1,13 @@
 """The statements on accounts and chats, each named. They are built once: building one costs more than sending it.
 
+Arrays are sent as their literals (`array_literal`).
+
 Every one of them pins the bucket; `talktime.store` says in which order the locking ones are used.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     ARRAY,
@@ -15,11 +17,14 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    cast,
     column,
     func,
     literal_column,
     or_,
     select,
+    text,
+    true,
     union_all,
     update,
 )
@@ -28,7 +33,10 @@ from talktime.meter.state import LIVE, ChatState
 from talktime.store import tables
 
 if TYPE_CHECKING:
-    from sqlalchemy import CompoundSelect, Table, Update
+    from collections.abc import Iterable, Sequence
+
+    from sqlalchemy import Cast, Column, ColumnElement, CompoundSelect, Table, Update
+    from sqlalchemy.types import TypeEngine
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
 
@@ -48,23 +56,70 @@ CLOCK = select(_NOW)
 
 _BUCKET = bindparam("in_bucket", type_=SmallInteger)
 _USER = bindparam("of_user", type_=Text)
-_USERS = func.any(bindparam("of_users", type_=ARRAY(Text)))
 _CHAT = bindparam("of_chat", type_=Text)
 
 
-def _update_of(table: Table, key: tuple[str, ...], changing: tuple[str, ...]) -> Update:
-    """Build an UPDATE of many rows of one bucket, joined to an unnest of the values: lists named ``new_...``."""
-    columns = [table.c[name] for name in (*key, *changing)]
-    new = (
-        func.unnest(*(bindparam(f"new_{c.name}", type_=ARRAY(c.type)) for c in columns))
-        .table_valued(*(column(c.name, c.type) for c in columns))
-        .render_derived(name="new")
-    )
+def array_literal(values: Iterable[object]) -> str:
+    """Write values as PostgreSQL reads an array, instants as datetimes.
+
+    To let the driver adapt them one by one would cost several times as much.
+    """
+    return "{" + ",".join(map(_element, values)) + "}"
+
+
+def arrays(prefix: str, columns: Sequence[Column[Any]], rows: Iterable[Sequence[Any]]) -> dict[str, str]:
+    """Write rows of values as an array for each column, the parameters named with this prefix."""
+    return {
+        prefix + column.name: array_literal(
+            (None if value is None else tables.datetime_of(value) for value in values)
+            if isinstance(column.type, tables.Instant)
+            else values
+        )
+        for column, values in zip(columns, zip(*rows, strict=True), strict=True)
+    }
+
+
+def _element(value: object) -> str:
+    if isinstance(value, int):
+        return str(value)
+    if value is None:
+        return "NULL"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _array(name: str, element: TypeEngine[Any]) -> Cast[Any]:
+    """Build a parameter that takes an `array_literal`."""
+    return cast(bindparam(name, type_=Text), ARRAY(element))
+
+
+def _unnest(alias: str, prefix: str, columns: Sequence[Column[Any]], *, numbered: bool = False) -> Any:  # noqa: ANN401 - SQLAlchemy has no name for it
+    """Build a table out of an array for each column, their parameters named with this prefix."""
     return (
-        update(table)
-        .where(table.c.bucket == _BUCKET, *(table.c[name] == new.c[name] for name in key))
-        .values({name: new.c[name] for name in changing})
+        func.unnest(*(_array(prefix + c.name, c.type) for c in columns))
+        .table_valued(*(column(c.name, c.type) for c in columns), with_ordinality="place" if numbered else None)
+        .render_derived(name=alias)
     )
+
+
+_USERS = func.any(_array("of_users", Text()))
+
+
+class UpdateOfMany(NamedTuple):
+    """An UPDATE of many rows of one bucket, joined to an unnest of `arrays` of the values of `columns`: ``new_...``."""
+
+    statement: Update
+    columns: Sequence[Column[Any]]
+
+
+def _update_of(table: Table, key: tuple[str, ...], changing: tuple[str, ...], *, at: str | None = None) -> UpdateOfMany:
+    """Build an UPDATE of many rows; the column `at` has the same value in all of them, the parameter ``at``."""
+    columns = [table.c[name] for name in (*key, *changing)]
+    new = _unnest("new", "new_", columns)
+    values = {name: new.c[name] for name in changing}
+    if at is not None:
+        values[at] = bindparam("at", type_=tables.Instant)
+    matching = (table.c[name] == new.c[name] for name in key)
+    return UpdateOfMany(update(table).where(table.c.bucket == _BUCKET, *matching).values(values), columns)
 
 
 LOCK_ACCOUNT = (
@@ -100,33 +155,51 @@ LOCK_LIVE_CHATS_AND_ONE = (
     .with_for_update(key_share=True)
 )
 
+PAIR = (_allowance.c.user_id, _allowance.c.advisor_id)
+_pair = _unnest("pair", "of_", PAIR)
+_OF_FIRST = and_(_account.c.bucket == _BUCKET, _account.c.user_id == _USER)
+
 CLOCK_AND_ALLOWANCES = (
-    select(_NOW, _account.c.user_id, _allowance.c.advisor_id, _allowance.c.granted_us, _allowance.c.used_us)
-    .select_from(_account)
+    # The clock of where the account is, read once.
+    select(
+        select(_NOW).select_from(_account).where(_OF_FIRST).scalar_subquery().label("now"),
+        _pair.c.user_id,
+        _allowance.c.advisor_id,
+        _allowance.c.granted_us,
+        _allowance.c.used_us,
+    )
+    .select_from(_pair)
     .outerjoin(
         _allowance,
         and_(
             _allowance.c.bucket == _BUCKET,
-            _allowance.c.user_id == _account.c.user_id,
-            _allowance.c.advisor_id == func.any(bindparam("of_advisors", type_=ARRAY(Text))),
+            _allowance.c.user_id == _pair.c.user_id,
+            _allowance.c.advisor_id == _pair.c.advisor_id,
         ),
     )
-    .where(_account.c.bucket == _BUCKET, _account.c.user_id == _USERS)
 )
 
-LOCK_BEATING_CHAT = (
-    select(_NOW, _chat.c.last_heartbeat_at, _chat.c.lease_us)
-    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USER, _chat.c.chat_id == _CHAT, _IS_RUNNING)
-    .with_for_update(key_share=True, skip_locked=True)
+CHAT_KEY = tuple(_chat.c[name] for name in ("bucket", *_CHAT_KEY))
+_wanted = _unnest("wanted", "of_", CHAT_KEY, numbered=True)
+_IS_WANTED = and_(*(_chat.c[c.name] == _wanted.c[c.name] for c in CHAT_KEY))
+
+LOCK_BEATING_CHATS = (
+    select(_wanted.c.place, _NOW, _chat.c.last_heartbeat_at, _chat.c.lease_us)
+    .select_from(_wanted)
+    .join(_chat, _IS_WANTED)
+    .where(_IS_RUNNING)
+    .order_by(*CHAT_KEY)
+    .with_for_update(of=_chat, key_share=True, skip_locked=True)
 )
 
-RENEW_LEASE = (
+RENEW_LEASES = (
     update(_chat)
-    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USER, _chat.c.chat_id == _CHAT)
-    .values(last_heartbeat_at=func.greatest(_chat.c.last_heartbeat_at, bindparam("beat_at", type_=tables.Instant)))
+    .where(_IS_WANTED)
+    .values(last_heartbeat_at=func.greatest(_chat.c.last_heartbeat_at, bindparam("at", type_=tables.Instant)))
 )
 
 UPDATE_ACCOUNTS = _update_of(_account, ("user_id",), ("balance", "materialized_through", "next_entry", "due_at"))
+UPDATE_GROWN_ACCOUNTS = _update_of(_account, ("user_id",), ("balance",), at="materialized_through")
 UPDATE_CHATS = _update_of(_chat, _CHAT_KEY, _CHAT_CHANGING)
 UPDATE_CHAT_TOTALS = _update_of(_chat, _CHAT_KEY, CHAT_TOTALS)
 UPDATE_ALLOWANCES = _update_of(_allowance, ("user_id", "advisor_id"), ("used_us",))
@@ -166,6 +239,40 @@ READ_RUNNING_AND_ONE = _reading_of(
     union_all(_MY_RUNNING_CHATS, select(_chat).where(_MY_CHATS, _chat.c.chat_id == _CHAT, ~_IS_RUNNING))
 )
 
+
+def _chat_of_wanted(*conditions: ColumnElement[bool]) -> Select[Any]:
+    at_place = and_(_chat.c.bucket == _wanted.c.bucket, _chat.c.user_id == _wanted.c.user_id, *conditions)
+    return select(_chat).where(at_place).correlate(_wanted)
+
+
+_of_wanted = union_all(
+    _chat_of_wanted(_IS_RUNNING), _chat_of_wanted(_chat.c.chat_id == _wanted.c.chat_id, ~_IS_RUNNING)
+).lateral("chats")
+
+READ_WANTED = (
+    # Each of the wanted chats as `READ_RUNNING_AND_ONE` reads it, all in one snapshot and at one instant.
+    select(
+        _wanted.c.place,
+        select(_NOW).scalar_subquery().label("now"),
+        _account.c.balance,
+        _account.c.materialized_through,
+        *_of_wanted.columns,
+        _allowance.c.granted_us,
+        _allowance.c.used_us,
+    )
+    .select_from(_wanted)
+    .join(_account, and_(_account.c.bucket == _wanted.c.bucket, _account.c.user_id == _wanted.c.user_id))
+    .outerjoin(_of_wanted, true())
+    .outerjoin(
+        _allowance,
+        and_(
+            _allowance.c.bucket == _wanted.c.bucket,
+            _allowance.c.user_id == _wanted.c.user_id,
+            _allowance.c.advisor_id == _of_wanted.c.advisor_id,
+        ),
+    )
+)
+
 ADVISOR_OF = select(_chat.c.advisor_id).where(_MY_CHATS, _chat.c.chat_id == _CHAT)
 
 CHATS_PAGE = (
@@ -178,14 +285,16 @@ CHATS_PAGE = (
             _allowance.c.advisor_id == _chat.c.advisor_id,
         ),
     )
-    .where(_MY_CHATS, _chat.c.state == func.any(bindparam("in_states", type_=ARRAY(Text))))
+    .where(_MY_CHATS, text(f"chat.{tables.PAGED_SQL}"), _chat.c.state == func.any(_array("in_states", Text())))
     .order_by(_chat.c.started_at.desc(), _chat.c.chat_id.desc())
     .limit(bindparam("at_most", type_=Integer))
 )
 
 _AFTER = bindparam("after_started_at", type_=tables.Instant)
 NEXT_CHATS_PAGE = CHATS_PAGE.where(
-    or_(_chat.c.started_at < _AFTER, and_(_chat.c.started_at == _AFTER, _chat.c.chat_id < _CHAT))
+    # Said once more on its own: an index can begin there, and with the rest only filter.
+    _chat.c.started_at <= _AFTER,
+    or_(_chat.c.started_at < _AFTER, and_(_chat.c.started_at == _AFTER, _chat.c.chat_id < _CHAT)),
 )
 
 WORK_DUE = (

@@ -1,0 +1,95 @@
+"""Batches: requests that arrive while a statement runs share the next one (group commit)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from itertools import islice
+from typing import Generic, TypeVar
+
+from talktime.errors import DatabaseUnavailable, Overloaded
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+ITEMS_MAX = 500
+WAITING_MAX = 20_000
+
+
+class Batcher(Generic[K, V]):
+    """Answers items by the batch: one batch at a time, of all that came while the one before was under way.
+
+    `answer` is given different items and returns what it has for each; for those that it leaves out, the answer is
+    None. Whoever asks for the same item while it waits shares its answer.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[K]], Awaitable[Mapping[K, V]]],
+        *,
+        items_max: int = ITEMS_MAX,
+        waiting_max: int = WAITING_MAX,
+    ) -> None:
+        self._answer = answer
+        self._items_max = items_max
+        self._waiting_max = waiting_max
+        self._waiting: dict[K, list[asyncio.Future[V | None]]] = {}
+        self._askers = 0
+        self._working: asyncio.Task[None] | None = None
+
+    async def ask(self, item: K) -> V | None:
+        """Return the answer for an item, asked for after this call began.
+
+        Raises:
+            Overloaded: too many wait already.
+            Exception: whatever the answering of this item raised. What it raises for others is not this item's.
+        """
+        if self._askers >= self._waiting_max:
+            raise Overloaded
+        future: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(item, []).append(future)
+        if self._working is None:
+            self._working = asyncio.create_task(self._work())
+        self._askers += 1
+        try:
+            return await future
+        finally:
+            self._askers -= 1
+
+    async def drain(self) -> None:
+        """Wait until nobody waits."""
+        while self._working is not None:
+            await self._working
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                items = list(islice(self._waiting, self._items_max))
+                await self._serve({item: self._waiting.pop(item) for item in items})
+        finally:
+            self._working = None
+
+    async def _serve(self, batch: Mapping[K, Sequence[asyncio.Future[V | None]]]) -> None:
+        try:
+            answers = await self._answer(list(batch))
+        except DatabaseUnavailable as error:
+            _fail(batch, error)
+        except Exception as error:  # noqa: BLE001 - it is passed on to those who asked
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            # One of them made it fail. Each by itself, it fails that one alone.
+            for item, futures in batch.items():
+                await self._serve({item: futures})
+        else:
+            for item, futures in batch.items():
+                for future in futures:
+                    if not future.done():  # nobody waits for one that was cancelled
+                        future.set_result(answers.get(item))
+
+
+def _fail(batch: Mapping[K, Sequence[asyncio.Future[V | None]]], error: Exception) -> None:
+    for futures in batch.values():
+        for future in futures:
+            if not future.done():
+                future.set_exception(error)
