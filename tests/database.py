@@ -7,7 +7,8 @@ server is used:
   never another server, where it cannot be started
 - ``embedded``: talktime's own embedded PostgreSQL, in a temporary home
 - ``auto`` (default): the container where a Docker engine answers and has the image or can pull it, else embedded
-- ``postgresql://...``: a running server, and a role on it that may create databases; its settings stay as they are
+- ``postgresql://...``: a running server, and a role on it that may create databases; its settings stay as they are.
+  If its database is the coordinator's of a Citus cluster (citus.py), all tables of all tests are distributed
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sqlalchemy.engine import URL, make_url
 
 from talktime.store.embedded import embedded_postgres
 from talktime.store.schema import upgrade
+from tests.citus import Cluster, cluster_of, on_workers
 
 # No reaper container: it would need a second image, and `with` removes what it would. To be set before the import.
 os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")
@@ -127,6 +129,15 @@ class Databases:
     admin: psycopg.Connection
     prefix: str = field(default_factory=lambda: f"talktime_test_{secrets.token_hex(4)}_")
     numbers: Iterator[int] = field(default_factory=count)
+    cluster: Cluster | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cluster = cluster_of(self.admin)
+
+    @property
+    def on_citus(self) -> bool:
+        """Whether the tables of databases that are not empty are distributed."""
+        return self.cluster is not None
 
     @property
     def template(self) -> str:
@@ -139,24 +150,32 @@ class Databases:
         self._run("ALTER DATABASE {} ALLOW_CONNECTIONS false", self.template)
 
     def create(self, *, empty: bool = False) -> URL:
-        """Create a database: a clone of the template, or one without any table."""
-        return self._create(f"{self.prefix}{next(self.numbers)}", "template1" if empty else self.template)
+        """Create a database: a clone of the template, or one without any table, which is on no cluster."""
+        url = self._create(f"{self.prefix}{next(self.numbers)}", "template1" if empty else self.template)
+        if self.cluster is not None and not empty:
+            self.cluster.join(url)
+        return url
 
     def drop(self, url: URL) -> None:
         """Drop a database, its connections with it."""
         assert url.database
-        self._run("DROP DATABASE IF EXISTS {} WITH (FORCE)", url.database)
+        self._drop(url.database)
 
     def drop_all(self) -> None:
         """Drop what this run made and has not dropped yet, the template too."""
         query = "SELECT datname FROM pg_database WHERE starts_with(datname, %s)"
         for (name,) in self.admin.execute(query, [self.prefix]).fetchall():
-            self._run("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+            self._drop(name)
 
     def _create(self, name: str, template: str) -> URL:
         # Copying files takes half the time of the default, which logs every page.
         self._run("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", name, template)
         return self.server.set(database=name)
+
+    def _drop(self, name: str) -> None:
+        self._run("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+        if self.cluster is not None:
+            self.cluster.drop(name)
 
     def _run(self, statement: str, *names: str) -> None:
         self.admin.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
@@ -176,15 +195,20 @@ def provided_databases(server: URL) -> Iterator[Databases]:
 
 # A sequence, because setval is seen at once by every transaction, open ones too, and is never rolled back. As doubles,
 # which multiplying an interval means, microseconds are exact until the year 2255.
+# One statement, in which Citus passes nothing on: on a cluster it is run on every node.
 _SIMULATION = """
-CREATE SCHEMA simulated;
-CREATE SEQUENCE simulated.instant MINVALUE 0 START {start};
-CREATE FUNCTION simulated.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql
-    AS $$ SELECT timestamptz 'epoch' + last_value * interval '1 microsecond' FROM simulated.instant $$;
-GRANT USAGE ON SCHEMA simulated TO PUBLIC;
-GRANT SELECT ON simulated.instant TO PUBLIC;
-ALTER DATABASE {database} SET search_path = simulated, pg_catalog, public;
+DO $do$
+BEGIN
+    SET LOCAL citus.enable_ddl_propagation TO off;
+    CREATE SCHEMA simulated;
+    CREATE SEQUENCE simulated.instant MINVALUE 0 START {start};
+    CREATE FUNCTION simulated.clock_timestamp() RETURNS timestamptz VOLATILE LANGUAGE sql
+        AS $$ SELECT timestamptz 'epoch' + last_value * interval '1 microsecond' FROM simulated.instant $$;
+    GRANT USAGE ON SCHEMA simulated TO PUBLIC;
+    GRANT SELECT ON simulated.instant TO PUBLIC;
+END $do$
 """
+_SHOW_SIMULATED = "ALTER DATABASE {database} SET search_path = simulated, pg_catalog, public"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +216,7 @@ class Clock:
     """The simulated clock of one database, in microseconds since the epoch. It stands still until it is moved."""
 
     connection: psycopg.Connection
+    on_citus: bool = False
 
     @property
     def now(self) -> int:
@@ -201,7 +226,9 @@ class Clock:
         return int(row[0])
 
     def set(self, us: int) -> None:
-        """Move the clock to an instant, also an earlier one."""
+        """Move the clock to an instant, also an earlier one; on a cluster, one node after the other."""
+        if self.on_citus:
+            on_workers(self.connection, sql.SQL("SELECT setval('simulated.instant', {})").format(us))
         self.connection.execute("SELECT setval('simulated.instant', %s)", [us])
 
     def tick(self, us: int) -> None:
@@ -217,6 +244,10 @@ def simulated_clock(url: URL) -> Iterator[Clock]:
     """
     assert url.database
     with connect(url) as connection:
-        names = {"start": sql.Literal(SIMULATED_START_US), "database": sql.Identifier(url.database)}
-        connection.execute(sql.SQL(_SIMULATION).format(**names))
-        yield Clock(connection)
+        simulation = sql.SQL(_SIMULATION).format(start=sql.Literal(SIMULATED_START_US))
+        on_citus = cluster_of(connection) is not None
+        if on_citus:
+            on_workers(connection, simulation)
+        connection.execute(simulation)
+        connection.execute(sql.SQL(_SHOW_SIMULATED).format(database=sql.Identifier(url.database)))
+        yield Clock(connection, on_citus)

@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     for service in (up, serve):
         service.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
-    command(commands, "migrate", _migrate, "bring the database to the newest schema")
+    migrate = command(commands, "migrate", _migrate, "bring the database to the newest schema")
+    migrate.add_argument("--citus", action="store_true", help="distribute the tables too, on a Citus cluster")
     commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
 
     key = commands.add_parser("key", help="make, list and revoke service keys")
@@ -233,13 +234,21 @@ def _key_command(home: Path | None) -> str:
     return "`talktime key new NAME`" if home is None else f"`talktime key new NAME --home {shlex.quote(str(home))}`"
 
 
-def _migrate(settings: Settings, _: argparse.Namespace) -> None:
+def _migrate(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime.store import citus  # noqa: PLC0415 - see above
     from talktime.store.database import provide_database  # noqa: PLC0415 - see above
     from talktime.store.schema import upgrade  # noqa: PLC0415 - see above
 
+    if options.citus:
+        if settings.database_url is None:
+            raise SettingError("TALKTIME_DATABASE_URL", "must be set for --citus, to the coordinator of the cluster")
+        citus.require_cluster(settings.database_url)  # before anything is changed
     with provide_database(settings.database_url, settings.home) as url:
         upgrade(url)
+        done = citus.distribute(url) if options.citus else []
     print("the database has the newest schema")
+    if options.citus:
+        print(f"distributed: {', '.join(done)}" if done else "its tables were distributed before")
 
 
 def _key_new(settings: Settings, options: argparse.Namespace) -> None:
