@@ -5,7 +5,7 @@ The deciding is the meter's and the SQL is the store's; here they meet. Ids and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -38,8 +38,12 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from talktime.store.batches import ChatKey, Loaded
-    from talktime.store.database import Database
+    from talktime.store.database import Database, Line
     from talktime.store.ledger import LedgerEntry
+
+
+LINES = 2
+"""While one batch of a request waits for the database, the other is read."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Service:
         """Renews the leases of chats whose clocks run, and loads what their readings need."""
         line = self.database.line()
         return Batcher(lambda keys: line.run(partial(batches.beat_many, keys=keys)))
+
+    @cached_property
+    def lines(self) -> Sequence[Line]:
+        """Connections for those who send many heartbeats in one request: beside the ones for those who send one."""
+        return [self.database.line() for _ in range(LINES)]
 
     async def close(self) -> None:
         """Answer those who still wait, then close all connections."""
@@ -156,6 +165,11 @@ async def heartbeat(service: Service, user_id: str, chat_id: str) -> Reading:
     beaten = await service.beats.ask((user_id, chat_id))
     if beaten is not None:
         return read(beaten.account, chat_id, beaten.now)
+    return await heartbeat_at_length(service, user_id, chat_id)
+
+
+async def heartbeat_at_length(service: Service, user_id: str, chat_id: str) -> Reading:
+    """Renew a chat's lease under the account's lock, whatever its state."""
     return await _command(
         service,
         user_id,

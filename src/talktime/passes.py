@@ -43,7 +43,7 @@ async def materialize(
 
     async def work(connection: AsyncConnection) -> tuple[int, int, str | None]:
         rows = await accounts.lock_due(connection, bucket, after=after, before=before, limit=limit)
-        held[:] = [row.user_id for row in rows]
+        held[:] = [row[1] for row in rows]
         if not held:
             return 0, 0, None
         batch, now = await accounts.lock_chats(connection, bucket, rows)

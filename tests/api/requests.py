@@ -19,6 +19,7 @@ CARD = {"credits_per_minute": "1.5", "free_seconds": 180}
 CREDIT = {"kind": "purchase", "amount": "25"}
 START = {"advisor_id": "a1"}
 CHAT = "/v1/users/u1/chats/c1"
+BEATS = {"beats": [{"user_id": "u1", "chat_id": "c1"}]}
 
 # Each route with a request that is right.
 ROUTES: list[tuple[str, str, Json]] = [
@@ -29,6 +30,7 @@ ROUTES: list[tuple[str, str, Json]] = [
     ("GET", "/v1/users/u1/ledger", None),
     ("POST", f"{CHAT}/start", START),
     ("POST", f"{CHAT}/heartbeat", None),
+    ("POST", "/v1/heartbeats", BEATS),
     ("POST", f"{CHAT}/pause", None),
     ("POST", f"{CHAT}/stop", None),
     ("GET", CHAT, None),

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from talktime.api import keyring
 from talktime.keys import new_key, revoke_key
 from talktime.store.database import Database
-from tests.api.requests import CARD, CHAT, CREDIT, KEY, START, Json, problem_of
+from tests.api.requests import BEATS, CARD, CHAT, CREDIT, KEY, START, Json, problem_of
 from tests.api.server import json_of, serving
 from tests.api.test_routes import stored
 from tests.api.tokens import VARIABLES, bearer, live_token
@@ -49,6 +49,7 @@ RULES = {
     ("GET", _CHAT): Rule(users="read", advisors=True),
     ("GET", f"{_CHAT}/segments"): Rule(users="read"),
     ("POST", f"{_CHAT}/heartbeat"): Rule(users="beat"),
+    ("POST", "/v1/heartbeats"): Rule(BEATS),
     ("POST", f"{_CHAT}/start"): Rule(START, users="control"),
     ("POST", f"{_CHAT}/pause"): Rule(users="control"),
     ("POST", f"{_CHAT}/stop"): Rule(users="control"),

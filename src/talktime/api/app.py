@@ -29,7 +29,7 @@ from talktime.api.problems import (
     answer_refusal,
     answer_unexpected,
 )
-from talktime.api.routes import v1_router
+from talktime.api.router import v1_router
 from talktime.api.schemas import Health, JsonResponse
 from talktime.api.tokens import Tokens
 from talktime.errors import DatabaseUnavailable, TalktimeError

@@ -12,13 +12,13 @@ import re
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from litestar import Request
 from litestar.exceptions import ClientException, InternalServerException
 from litestar.openapi.spec import OpenAPIType, Schema
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from talktime.api.params import ID_RULE, ID_SCHEMA, is_id
 from talktime.api.problems import FAULTS_MAX, FRAMEWORK, Fault, Refusal, refuse_input
@@ -37,6 +37,8 @@ from talktime.meter.units import (
 T = TypeVar("T", bound=Struct)
 
 BODY_BYTES_MAX = 64 * 1024
+BEATS_BYTES_MAX = 4 * 1024 * 1024
+BEATS_MAX = 10_000
 BODY_SECONDS_MAX = 10
 """How long a client may take to send its body, once its headers are there."""
 MEMO_LENGTH_MAX = 500
@@ -209,7 +211,20 @@ class StartBody(Struct, frozen=True, forbid_unknown_fields=True):
     advisor_id: Id
 
 
-BODIES = (AdvisorBody, CreditBody, StartBody)
+class Beat(Struct, frozen=True, forbid_unknown_fields=True):
+    """The chat that a heartbeat is for. Ids that are none are told in its result: they do not concern the others."""
+
+    user_id: str
+    chat_id: str
+
+
+class BeatsBody(Struct, frozen=True, forbid_unknown_fields=True):
+    """Heartbeats for many chats."""
+
+    beats: Annotated[list[Beat], Meta(max_length=BEATS_MAX)]
+
+
+BODIES = (AdvisorBody, CreditBody, StartBody, BeatsBody)
 """All bodies."""
 
 
@@ -265,6 +280,8 @@ def decode_body(shape: type[T], raw: bytes) -> T:
     # msgspec's errors and UnicodeDecodeError are ValueErrors; deep nesting is a RecursionError.
     except (ValueError, RecursionError):
         raise refuse_input(*_faults(shape, raw)) from None
+    if shape is BeatsBody:  # it has one member, and with thousands of beats in it, it is not gone through twice
+        return body
     # msgspec would take the last of two members of one name; with money, neither is meant.
     names = [name for name, _ in json.loads(raw, object_pairs_hook=list)]
     if len(names) != len(set(names)):

@@ -54,7 +54,7 @@ _MEANINGS = {
     404: "It does not exist.",
     408: "The body did not come in time.",
     409: "The state of things refuses the request.",
-    413: "The body is larger than 64 KiB.",
+    413: "The body is larger than 64 KiB, or than 4 MiB where it holds many heartbeats.",
     415: "The body is not `application/json`, or not in UTF-8.",
     422: "The Idempotency-Key was used before, with another request.",
     429: "Too many requests of this caller, or too many without a good credential from its address; see `Retry-After`.",

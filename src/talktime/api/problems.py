@@ -198,10 +198,15 @@ def answer_refusal(_: Request[Any, Any, Any], error: Refusal) -> Response[Any]:
     return problem(error.kind, error.detail, faults=error.faults, headers=error.headers)
 
 
+def kind_of(error: Exception) -> Kind:
+    """Return what kind of problem an error is."""
+    return next((DOMAIN[cls] for cls in type(error).__mro__ if cls in DOMAIN), INTERNAL)
+
+
 def answer_domain_error(request: Request[Any, Any, Any], error: errors.TalktimeError) -> Response[Any]:
     """Answer an error of the domain."""
-    kind = next((DOMAIN[cls] for cls in type(error).__mro__ if cls in DOMAIN), None)
-    if kind is None:
+    kind = kind_of(error)
+    if kind is INTERNAL:
         return answer_unexpected(request, error)
     reading = None
     if isinstance(error, errors.ChatNotActive) and isinstance(error.reading, Reading):

@@ -1,4 +1,4 @@
-"""The routes under /v1, one handler per use case.
+"""The handlers of the routes under /v1, one per use case.
 
 Bodies, queries and headers are valid when a handler is called; it checks the ids in its path. Who else than a service
 may call it, its `opt` says (`talktime.api.callers`). What is raised on the way is answered by `talktime.api.problems`.
@@ -6,16 +6,21 @@ may call it, its `opt` says (`talktime.api.callers`). What is raised on the way 
 
 from __future__ import annotations
 
-import re
-from typing import Any, cast
+from typing import cast
 
-from litestar import Request, Response, Router, get, post, put
-from litestar.datastructures import CacheControlHeader
+from litestar import get, post, put
 from litestar.params import JSONBody
 
-from talktime import operations
-from talktime.api.auth import SECURITY_SCHEME, Gate
-from talktime.api.bodies import AdvisorBody, ApiRequest, CreditBody, StartBody, check_no_body
+from talktime import beats, operations
+from talktime.api.bodies import (
+    BEATS_BYTES_MAX,
+    BEATS_MAX,
+    AdvisorBody,
+    ApiRequest,
+    BeatsBody,
+    CreditBody,
+    StartBody,
+)
 from talktime.api.callers import AdvisorCaller, ServiceCaller
 from talktime.api.docs import problems
 from talktime.api.params import (
@@ -28,7 +33,7 @@ from talktime.api.params import (
     State,
     UserId,
     check_ids,
-    check_request,
+    is_id,
     parse_limit,
     parse_state,
     read_chats_cursor,
@@ -36,11 +41,12 @@ from talktime.api.params import (
     write_chats_cursor,
     write_cursor,
 )
-from talktime.api.problems import refuse_caller
+from talktime.api.problems import INVALID_INPUT, kind_of, refuse_caller
 from talktime.api.schemas import (
     AccountAnswer,
     AdvisorAnswer,
-    JsonResponse,
+    BeatResult,
+    BeatResults,
     LedgerEntryBody,
     LedgerPage,
     ReadingBody,
@@ -76,6 +82,15 @@ def _service(request: ApiRequest) -> Service:
 
 def _shown(request: ApiRequest, reading: Reading) -> ReadingBody:
     return reading_body(reading, request.app.state["heartbeat_us"])
+
+
+def _beat_result(beaten: Reading | Exception | None) -> BeatResult:
+    """Write what became of a heartbeat, or of one whose ids are none."""
+    if isinstance(beaten, Reading):
+        return BeatResult(200, beaten.state.value, beaten.accruing)
+    kind = INVALID_INPUT if beaten is None else kind_of(beaten)
+    reading = getattr(beaten, "reading", None)
+    return BeatResult(kind.status, None if reading is None else reading.state.value, code=kind.code)
 
 
 # --- advisors ---------------------------------------------------------------------------------------------------------
@@ -240,6 +255,24 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
 
 
 @post(
+    "/heartbeats",
+    status_code=200,
+    summary="Keep many chats' clocks running",
+    description=f"Up to {BEATS_MAX:,} heartbeats at once, for a gateway that holds the connections of many users. Each "
+    "has a result of its own, with the status that it would have got by itself, and none fails another.",
+    tags=["chats"],
+    responses=problems(400, 401, 403, 408, 413, 415, 429, DatabaseUnavailable),
+    opt={"body": BeatsBody},
+    request_max_body_size=BEATS_BYTES_MAX,
+)
+async def heartbeats(request: ApiRequest, data: JSONBody[BeatsBody]) -> BeatResults:
+    """Keep many chats' clocks running."""
+    valid = [(beat.user_id, beat.chat_id) for beat in data.beats if is_id(beat.user_id) and is_id(beat.chat_id)]
+    found = dict(zip(valid, await beats.heartbeats(_service(request), valid), strict=True))
+    return BeatResults([_beat_result(found.get((beat.user_id, beat.chat_id))) for beat in data.beats])
+
+
+@post(
     f"{_CHAT}/pause",
     status_code=200,
     summary="Pause a chat",
@@ -333,49 +366,3 @@ async def get_segments(
         _service(request), user_id, chat_id, after=after, limit=parse_limit(limit)
     )
     return SegmentPage([segment_body(segment) for segment in segments], write_cursor("segments", key))
-
-
-HANDLERS: list[Any] = [
-    put_advisor,
-    get_advisor,
-    post_credit,
-    get_account,
-    get_ledger,
-    start,
-    heartbeat,
-    pause,
-    stop,
-    get_chat,
-    get_chats,
-    get_segments,
-]
-
-
-def v1_router(gate: Gate) -> Router:
-    """Return the routes under /v1 behind their gate."""
-    methods: dict[str, set[str]] = {}
-    for handler in HANDLERS:
-        for path in handler.paths:
-            methods.setdefault(re.sub(r":\w+}", "}", f"/v1{path}"), {"OPTIONS"}).update(handler.http_methods)
-    allowed = {path: ", ".join(sorted(found)) for path, found in methods.items()}
-
-    # Not a guard: Litestar copies the whole handler for each guard, a sixth of the time that a reading takes here. A
-    # handler with a `before_request` of its own would go past the gate; a test asks each route for its 401.
-    async def enter(request: Request[Any, Any, Any]) -> Response[None] | None:
-        await gate.admit(request)
-        check_request(request)
-        if request.method == "OPTIONS":
-            # Litestar's own answer forgets all methods of a path but those of its first handler.
-            return Response(None, status_code=204, headers={"Allow": allowed[request.scope["path_template"]]})
-        if request.method == "POST" and "body" not in request.route_handler.opt:
-            await check_no_body(request)
-        return None
-
-    return Router(
-        path="/v1",
-        route_handlers=HANDLERS,
-        before_request=enter,
-        cache_control=CacheControlHeader(no_store=True),
-        response_class=JsonResponse,
-        security=[{SECURITY_SCHEME: []}],
-    )

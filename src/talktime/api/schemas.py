@@ -86,6 +86,21 @@ class ReadingBody(Struct, frozen=True):
     heartbeat_seconds: Annotated[Seconds, Meta(description="How often to send a heartbeat while the clock runs")]
 
 
+class BeatResult(Struct, frozen=True, omit_defaults=True):
+    """What became of one heartbeat; of one that was refused, why: as its own route would answer."""
+
+    status: Annotated[int, Meta(description="200, or that of the problem")]
+    state: Annotated[str | None, Meta(description="The chat's state now; absent if there is no such chat")] = None
+    accruing: Annotated[bool | None, Meta(description="The clock runs now; absent if it was refused")] = None
+    code: Annotated[str | None, Meta(description="Of the problem, if it was refused")] = None
+
+
+class BeatResults(Struct, frozen=True):
+    """The results of many heartbeats, in the order in which they were sent."""
+
+    results: list[BeatResult]
+
+
 class AccountAnswer(Struct, frozen=True):
     """A user's account at one instant."""
 

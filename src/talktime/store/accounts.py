@@ -7,7 +7,8 @@ made different, with one statement per table whatever the number of accounts, al
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from sqlalchemy import insert
 from sqlalchemy.dialects.postgresql import insert as insert_or_nothing
@@ -16,10 +17,12 @@ from talktime.meter.state import RESUMABLE, Account, Allowance, Chat, ChatState,
 from talktime.store import statements as sql
 from talktime.store import tables
 from talktime.store.ledger import LedgerEntry, entries_of, insert_history
-from talktime.store.tables import bucket_of
+from talktime.store.sending import driver_of, send
+from talktime.store.tables import bucket_of, datetime_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Row, Table
+    from psycopg import AsyncConnection as Driver
+    from sqlalchemy import Table
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
@@ -52,7 +55,10 @@ async def lock(
     microseconds; None if there is no such account.
     """
     bucket = bucket_of(user_id)
-    accounts = (await connection.execute(sql.LOCK_ACCOUNT, {"in_bucket": bucket, "of_user": user_id})).all()
+    driver = await driver_of(connection)
+    async with driver.pipeline():
+        locking = await send(driver, sql.LOCK_ACCOUNT, {"in_bucket": bucket, "of_user": user_id})
+    accounts = await locking.fetchall()
     if not accounts:
         return None
     stored, now = await lock_chats(connection, bucket, accounts, chat_id, advisor_id)
@@ -81,52 +87,55 @@ async def lock_or_create(
 
 async def lock_due(
     connection: AsyncConnection, bucket: int, *, after: str, before: int, limit: int
-) -> Sequence[Row[Any]]:
+) -> Sequence[Sequence[Any]]:
     """Lock the next account rows of a bucket, beyond the user id `after`, that have something to materialize.
 
     Accounts that somebody else holds are skipped, since whoever holds them advances them; so are those that were
     materialized at or after the instant `before`. Returns the rows in user_id order, for `lock_chats`.
     """
-    found = await connection.execute(
-        sql.LOCK_DUE_ACCOUNTS, {"in_bucket": bucket, "after_user": after, "before": before, "at_most": limit}
-    )
-    return found.all()
+    place = {"in_bucket": bucket, "after_user": after, "before": datetime_of(before), "at_most": limit}
+    driver = await driver_of(connection)
+    async with driver.pipeline():
+        locking = await send(driver, sql.LOCK_DUE_ACCOUNTS, place)
+    return await locking.fetchall()
 
 
 async def lock_chats(
     connection: AsyncConnection,
     bucket: int,
-    accounts: Sequence[Row[Any]],
+    accounts: Sequence[Sequence[Any]],
     chat_id: str | None = None,
     advisor_id: str | None = None,
 ) -> tuple[list[Stored], int]:
     """Lock the live chats of locked account rows, and in whatever state the chat `chat_id`; then read the clock."""
-    user_ids = [row.user_id for row in accounts]
-    users: dict[str, Any] = {"in_bucket": bucket, "of_users": sql.array_literal(user_ids)}
+    user_ids = [row[1] for row in accounts]
+    place: dict[str, Any] = {"in_bucket": bucket, "of_users": sql.array_literal(user_ids), "of_user": user_ids[0]}
+    driver = await driver_of(connection)
     if chat_id is None:
-        chats = (await connection.execute(sql.LOCK_LIVE_CHATS, users)).all()
+        locking = await send(driver, sql.LOCK_LIVE_CHATS, place)
     else:
-        chats = (await connection.execute(sql.LOCK_LIVE_CHATS_AND_ONE, {**users, "of_chat": chat_id})).all()
-    # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
-    # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
+        locking = await send(driver, sql.LOCK_LIVE_CHATS_AND_ONE, {**place, "of_chat": chat_id})
     chats_of: dict[str, dict[str, Chat]] = {user_id: {} for user_id in user_ids}
-    # The clock is to be had even where there is no allowance: the first account stands there without an advisor.
+    # The clock is to be had even where there is no allowance: the first account stands there in any case.
     pairs: set[tuple[str, str | None]] = {(user_ids[0], advisor_id)}
-    for row in chats:
+    for row in await locking.fetchall():
         chat = chat_from(row)
         chats_of[row[1]][chat.chat_id] = chat
         pairs.add((row[1], chat.advisor_id))
-    place = {"in_bucket": bucket, "of_user": user_ids[0], **sql.arrays("of_", sql.PAIR, pairs)}
-    facts = (await connection.execute(sql.CLOCK_AND_ALLOWANCES, place)).all()
+    # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
+    # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
+    facts = await send(driver, sql.CLOCK_AND_ALLOWANCES, {**place, **sql.arrays("of_", sql.PAIR, pairs)})
     allowances_of: dict[str, dict[str, Allowance]] = {user_id: {} for user_id in user_ids}
-    for _, user_id, advisor, granted_us, used_us in facts:
+    rows = await facts.fetchall()
+    for _, user_id, advisor, granted_us, used_us in rows:
         if advisor is not None:
             allowances_of[user_id][advisor] = Allowance(granted_us, used_us)
     stored = [
         Stored(Account(user_id, at, balance, allowances_of[user_id], chats_of[user_id]), next_entry, due_at)
         for _, user_id, balance, at, next_entry, due_at in (row[:_ACCOUNT_COLUMNS] for row in accounts)
     ]
-    return stored, facts[0].now
+    now: int = rows[0][0]
+    return stored, now
 
 
 def _key(user_id: str, chat_id: str) -> dict[str, Any]:
@@ -145,7 +154,8 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
     entries: list[LedgerEntry] = []
     # Of most accounts in most passes only the balance changes, and the instant, which is the same for all.
     at = changes[0][1].at
-    grown, changed = [], []
+    grown: Rows = []
+    changed: Rows = []
     for stored, after in changes:
         added = entries_of(after, stored.next_entry, stored.booked) if after.journal else []
         entries += added
@@ -154,16 +164,30 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
             changed.append((after.user_id, after.balance, after.at, stored.next_entry + len(added), due))
         else:
             grown.append((after.user_id, after.balance))
-    await _update(connection, sql.UPDATE_GROWN_ACCOUNTS, bucket, grown, at=at)
-    await _update(connection, sql.UPDATE_ACCOUNTS, bucket, changed)
-    await _save_chats(connection, bucket, changes)
-    await _save_allowances(connection, bucket, changes)
+    new_chats, changed_chats, grown_chats = _chats_to_save(bucket, changes)
+    new_allowances, used_allowances = _allowances_to_save(bucket, changes)
+    driver = await driver_of(connection)
+    async with driver.pipeline():
+        await _update(driver, sql.UPDATE_GROWN_ACCOUNTS, bucket, grown, at=datetime_of(at))
+        await _update(driver, sql.UPDATE_ACCOUNTS, bucket, changed)
+        await _update(driver, sql.UPDATE_CHAT_TOTALS, bucket, grown_chats)
+        await _update(driver, sql.UPDATE_CHATS, bucket, changed_chats)
+        await _update(driver, sql.UPDATE_ALLOWANCES, bucket, used_allowances)
+    await _insert(connection, _chat, new_chats)
+    await _insert(connection, _allowance, new_allowances)
     await insert_history(connection, bucket, [after for _, after in changes], entries)
     return entries
 
 
-async def _save_chats(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
-    new, changed, grown = [], [], []
+Rows: TypeAlias = list[Sequence[Any]]
+NewRows: TypeAlias = list[Mapping[str, Any]]
+
+
+def _chats_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) -> tuple[NewRows, Rows, Rows]:
+    """Return the chats that are new, those that were changed, and those that have only grown."""
+    new: NewRows = []
+    changed: Rows = []
+    grown: Rows = []
     for stored, after in changes:
         for chat_id, chat in after.chats.items():
             before = stored.account.chats.get(chat_id)
@@ -176,13 +200,13 @@ async def _save_chats(connection: AsyncConnection, bucket: int, changes: Sequenc
             else:
                 row = _row_of(bucket, after.user_id, chat)
                 changed.append([row[column.name] for column in sql.UPDATE_CHATS.columns])
-    await _insert(connection, _chat, new)
-    await _update(connection, sql.UPDATE_CHATS, bucket, changed)
-    await _update(connection, sql.UPDATE_CHAT_TOTALS, bucket, grown)
+    return new, changed, grown
 
 
-async def _save_allowances(connection: AsyncConnection, bucket: int, changes: Sequence[tuple[Stored, Account]]) -> None:
-    new, used = [], []
+def _allowances_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) -> tuple[NewRows, Rows]:
+    """Return the allowances that are new, and those of which something was used."""
+    new: NewRows = []
+    used: Rows = []
     for stored, after in changes:
         for advisor_id, allowance in after.allowances.items():
             granted = stored.account.allowances.get(advisor_id)
@@ -191,8 +215,7 @@ async def _save_allowances(connection: AsyncConnection, bucket: int, changes: Se
                 new.append({**place, **allowance._asdict()})
             elif allowance.used_us != granted.used_us:
                 used.append((after.user_id, advisor_id, allowance.used_us))
-    await _insert(connection, _allowance, new)
-    await _update(connection, sql.UPDATE_ALLOWANCES, bucket, used)
+    return new, used
 
 
 def due_at(account: Account) -> int | None:
@@ -208,17 +231,15 @@ def _has_only_grown(before: Chat, after: Chat) -> bool:
     return after.opened_at is not None and after.opened_at == before.opened_at and after.revision == before.revision
 
 
-async def _insert(connection: AsyncConnection, table: Table, rows: Sequence[Mapping[str, Any]]) -> None:
+async def _insert(connection: AsyncConnection, table: Table, rows: NewRows) -> None:
     if rows:
         await connection.execute(insert(table), rows)
 
 
-async def _update(
-    connection: AsyncConnection, update: sql.UpdateOfMany, bucket: int, rows: Sequence[Sequence[Any]], **same: int
-) -> None:
+async def _update(driver: Driver[Any], update: sql.UpdateOfMany, bucket: int, rows: Rows, **same: datetime) -> None:
     if rows:
         values = {"in_bucket": bucket, **sql.arrays("new_", update.columns, rows), **same}
-        await connection.execute(update.statement, values)
+        await send(driver, update.statement, values)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

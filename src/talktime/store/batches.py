@@ -1,58 +1,25 @@
-"""Readings and heartbeats by the batch, on a connection of the driver's own.
-
-What SQLAlchemy does for a statement costs here as much as the whole batch. So these few statements are built with it
-and sent past it: as text, with arrays as literals, and in one go (a pipeline) where none waits for another. Instants
-come as integers straight from PostgreSQL's binary format.
-"""
+"""Readings and heartbeats by the batch, on a connection of the driver's own."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-
-from psycopg.adapt import Loader
-from psycopg.pq import Format
-from sqlalchemy.dialects.postgresql import psycopg as dialect
 
 from talktime.meter.state import Account, Allowance, Chat
 from talktime.store import statements as sql
 from talktime.store.accounts import chat_from
-from talktime.store.tables import EPOCH, bucket_of, datetime_of
+from talktime.store.sending import send
+from talktime.store.tables import bucket_of, datetime_of
 
 if TYPE_CHECKING:
-    from psycopg import AsyncConnection, AsyncCursor
-    from sqlalchemy.sql import ClauseElement
+    from psycopg import AsyncConnection
 
 ChatKey: TypeAlias = tuple[str, str]
 """A user id and a chat id."""
 
-_DIALECT = dialect.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy's dialects come without types
-
-
-def _text(statement: ClauseElement) -> str:
-    return str(statement.compile(dialect=_DIALECT))
-
-
-_LOCK = _text(sql.LOCK_BEATING_CHATS)
-_RENEW = _text(sql.RENEW_LEASES)
-_READ = _text(sql.READ_WANTED)
-
 _CHAT_BEGINS = 4
 """Where the columns of the chat begin in a row of `READ_WANTED`; behind them are two of its allowance."""
-
-_YEAR_2000_US = (datetime(2000, 1, 1, tzinfo=UTC) - EPOCH).days * 86_400 * 1_000_000
-
-
-class _InstantLoader(Loader):
-    """Reads ``timestamptz`` as microseconds since 1970: PostgreSQL sends those since 2000, as a 64-bit integer."""
-
-    format = Format.BINARY
-
-    def load(self, data: bytes | bytearray | memoryview) -> int:
-        """Return the instant."""
-        return int.from_bytes(data, "big", signed=True) + _YEAR_2000_US
 
 
 class Loaded(NamedTuple):
@@ -67,8 +34,7 @@ async def load_many(connection: AsyncConnection[Any], keys: Sequence[ChatKey]) -
 
     Users without an account are left out. A chat that does not exist is not in its account.
     """
-    reading = _cursor(connection)
-    await reading.execute(_READ, _arrays(keys))
+    reading = await send(connection, sql.READ_WANTED, _arrays(keys))
     return _loaded(keys, await reading.fetchall())
 
 
@@ -85,10 +51,9 @@ async def lock_beating(connection: AsyncConnection[Any], keys: Sequence[ChatKey]
 
     What locks in order and skips what is locked waits for nobody; so lock and clock may share a statement.
     """
-    locking = _cursor(connection)
     async with connection.pipeline():
         await connection.execute("BEGIN")
-        await locking.execute(_LOCK, _arrays(keys))
+        locking = await send(connection, sql.LOCK_BEATING_CHATS, _arrays(keys))
     rows = await locking.fetchall()
     # One instant for all: that at which the last of them was locked.
     now = max((now for _, now, _, _ in rows), default=0)
@@ -97,20 +62,15 @@ async def lock_beating(connection: AsyncConnection[Any], keys: Sequence[ChatKey]
 
 async def renew(connection: AsyncConnection[Any], keys: Sequence[ChatKey], now: int) -> dict[ChatKey, Loaded]:
     """Renew the leases of locked chats, never backwards; read what their readings need, and commit."""
-    reading = _cursor(connection)
-    async with connection.pipeline():
-        if keys:
-            arrays = _arrays(keys)
-            await connection.execute(_RENEW, {**arrays, "at": datetime_of(now)})
-            await reading.execute(_READ, arrays)
+    if not keys:
         await connection.execute("COMMIT")
-    return _loaded(keys, await reading.fetchall()) if keys else {}
-
-
-def _cursor(connection: AsyncConnection[Any]) -> AsyncCursor[Any]:
-    cursor = connection.cursor(binary=True)
-    cursor.adapters.register_loader("timestamptz", _InstantLoader)
-    return cursor
+        return {}
+    arrays = _arrays(keys)
+    async with connection.pipeline():
+        await send(connection, sql.RENEW_LEASES, {**arrays, "at": datetime_of(now)})
+        reading = await send(connection, sql.READ_WANTED, arrays)
+        await connection.execute("COMMIT")
+    return _loaded(keys, await reading.fetchall())
 
 
 def _arrays(keys: Sequence[ChatKey]) -> dict[str, str]:

@@ -148,7 +148,10 @@ class Database:
             committing = False
             try:
                 async with asyncio.timeout(None if patient else TRANSACTION_SECONDS_MAX), connect() as connection:
-                    result = await work(connection)
+                    try:
+                        result = await work(connection)
+                    except psycopg.Error as error:
+                        raise await _wrapped(connection, error) from error
                     if commits:
                         committing = True  # what only reads can be done again
                         await connection.commit()
@@ -189,13 +192,14 @@ class Database:
 class Line:
     """A connection that is kept, and used past SQLAlchemy: what it does for a statement is left out here.
 
-    Statements go to the driver, each by itself unless `work` says BEGIN and COMMIT. One use at a time.
+    Statements go to the driver, each by itself unless `work` says BEGIN and COMMIT. One use at a time: others wait.
     """
 
     def __init__(self, run: Callable[..., Awaitable[Any]], engine: AsyncEngine) -> None:
         self._run = run
         self._engine = engine
         self._kept: AsyncConnection | None = None
+        self._use = asyncio.Lock()
 
     async def run(self, work: Callable[[psycopg.AsyncConnection], Awaitable[T]]) -> T:
         """Run `work`, several times if need be: so doing it twice must be as good as once, also after a COMMIT.
@@ -205,14 +209,13 @@ class Line:
         """
 
         async def direct(connection: AsyncConnection) -> T:
-            driver = cast("psycopg.AsyncConnection", (await connection.get_raw_connection()).driver_connection)
-            try:
-                return await work(driver)
-            except psycopg.Error as error:
-                raise DBAPIError(None, None, error, connection_invalidated=driver.closed) from error
+            return await work(
+                cast("psycopg.AsyncConnection", (await connection.get_raw_connection()).driver_connection)
+            )
 
-        result: T = await self._run(direct, self._connect)
-        return result
+        async with self._use:
+            result: T = await self._run(direct, self._connect)
+            return result
 
     async def close(self) -> None:
         """Close the connection; the next use opens another."""
@@ -232,6 +235,18 @@ class Line:
             # Whatever went wrong: nobody can tell what state it is in.
             await self.close()
             raise
+
+
+async def _wrapped(connection: AsyncConnection, error: psycopg.Error) -> DBAPIError:
+    """Return an error of a statement that was sent past SQLAlchemy as it would have told it; drop a lost connection."""
+    lost = not connection.invalidated and (await _driver_of(connection)).closed
+    if lost:
+        await connection.invalidate()
+    return DBAPIError(None, None, error, connection_invalidated=lost)
+
+
+async def _driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection:
+    return cast("psycopg.AsyncConnection", (await connection.get_raw_connection()).driver_connection)
 
 
 def _sqlstate(error: DBAPIError) -> str:

@@ -129,7 +129,7 @@ LOCK_ACCOUNT = (
 LOCK_DUE_ACCOUNTS = (
     # What a pass writes can be derived again, so its commit need not wait for the disk; said here, in the first
     # statement, for this transaction alone.
-    select(_account, func.set_config("synchronous_commit", "off", True))  # noqa: FBT003 - PostgreSQL's is_local
+    select(_account, literal_column("set_config('synchronous_commit', 'off', true)"))
     .where(
         _account.c.bucket == _BUCKET,
         _account.c.user_id > bindparam("after_user", type_=Text),

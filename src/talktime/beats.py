@@ -1,0 +1,88 @@
+"""Heartbeats of many chats in one request, for whoever holds the connections of many users."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+from talktime.errors import DatabaseUnavailable, TalktimeError
+from talktime.meter.reading import Reading, read
+from talktime.operations import Service, heartbeat_at_length
+from talktime.store.batches import ChatKey, beat_many
+
+if TYPE_CHECKING:
+    from talktime.store.database import Line
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+Beaten: TypeAlias = Reading | Exception
+"""What became of a heartbeat: the chat's reading, or why there is none."""
+
+ITEMS_AT_ONCE = 500
+USERS_AT_ONCE = 8
+SECONDS_MAX = 8
+"""How long those are waited for that have to go the full way: others of the request want their answer."""
+
+
+async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
+    """Renew the leases of many chats, as so many calls of `talktime.operations.heartbeat` in this order would.
+
+    Returns what became of each. A chat that comes again gets the same answer again.
+    """
+    found: dict[ChatKey, Beaten] = {}
+    wanted = list(dict.fromkeys(keys))
+    chunks = [wanted[place : place + ITEMS_AT_ONCE] for place in range(0, len(wanted), ITEMS_AT_ONCE)]
+    await _share(chunks, [partial(_beat_chunk, line, found) for line in service.lines])
+    left: dict[str, list[ChatKey]] = defaultdict(list)
+    for key in wanted:
+        if key not in found:
+            left[key[0]].append(key)
+    try:
+        async with asyncio.timeout(SECONDS_MAX):
+            await _share(left.values(), [partial(_beat_singly, service, found)] * USERS_AT_ONCE)
+    except TimeoutError:
+        late = DatabaseUnavailable("there was no answer in time; repeat the heartbeat")
+        return [found.get(key, late) for key in keys]
+    return [found[key] for key in keys]
+
+
+async def _share(work: Iterable[T], workers: Sequence[Callable[[T], Coroutine[Any, Any, None]]]) -> None:
+    """Do the pieces of a work, each by whichever worker is free."""
+    waiting = iter(work)
+
+    async def go_on(worker: Callable[[T], Coroutine[Any, Any, None]]) -> None:
+        for piece in waiting:
+            await worker(piece)
+
+    async with asyncio.TaskGroup() as tasks:
+        for worker in workers:
+            tasks.create_task(go_on(worker))
+
+
+async def _beat_chunk(line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
+    try:
+        beaten = await line.run(partial(beat_many, keys=keys))
+    except DatabaseUnavailable as error:
+        found.update(dict.fromkeys(keys, error))
+    except Exception:
+        # One of them is the reason. Each by itself, it shows which, and the others get their answers.
+        log.exception("a batch of heartbeats failed; they go singly")
+    else:
+        found.update({key: read(loaded.account, key[1], loaded.now) for key, loaded in beaten.items()})
+
+
+async def _beat_singly(service: Service, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
+    for key in keys:
+        try:
+            found[key] = await heartbeat_at_length(service, *key)
+        except TalktimeError as error:
+            found[key] = error
+        except Exception as error:
+            log.exception("a heartbeat failed")
+            found[key] = error
