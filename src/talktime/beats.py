@@ -38,7 +38,7 @@ async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
     found: dict[ChatKey, Beaten] = {}
     wanted = list(dict.fromkeys(keys))
     chunks = [wanted[place : place + ITEMS_AT_ONCE] for place in range(0, len(wanted), ITEMS_AT_ONCE)]
-    await _share(chunks, [partial(_beat_chunk, line, found) for line in service.lines])
+    await _share(chunks, [partial(_beat_chunk, service, line, found) for line in service.lines])
     left: dict[str, list[ChatKey]] = defaultdict(list)
     for key in wanted:
         if key not in found:
@@ -65,9 +65,9 @@ async def _share(work: Iterable[T], workers: Sequence[Callable[[T], Coroutine[An
             tasks.create_task(go_on(worker))
 
 
-async def _beat_chunk(line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
+async def _beat_chunk(service: Service, line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
     try:
-        beaten = await line.run(partial(beat_many, keys=keys))
+        beaten = await service.batch(line, beat_many, keys)
     except DatabaseUnavailable as error:
         found.update(dict.fromkeys(keys, error))
     except Exception:

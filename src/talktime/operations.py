@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
@@ -35,9 +35,10 @@ from talktime.store import accounts, batches, ledger
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from psycopg import AsyncConnection as Driver
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from talktime.store.batches import ChatKey, Loaded
+    from talktime.store.batches import BatchWork, ChatKey, Loaded
     from talktime.store.database import Database, Line
     from talktime.store.ledger import LedgerEntry
 
@@ -60,14 +61,22 @@ class Service:
     @cached_property
     def readings(self) -> Batcher[ChatKey, Loaded]:
         """Loads what the readings of chats need."""
-        line = self.database.line()
-        return Batcher(lambda keys: line.run(partial(batches.load_many, keys=keys)))
+        return Batcher(partial(self.batch, self.database.line(), batches.load_many))
 
     @cached_property
     def beats(self) -> Batcher[ChatKey, Loaded]:
         """Renews the leases of chats whose clocks run, and loads what their readings need."""
-        line = self.database.line()
-        return Batcher(lambda keys: line.run(partial(batches.beat_many, keys=keys)))
+        return Batcher(partial(self.batch, self.database.line(), batches.beat_many))
+
+    async def batch(self, line: Line, work: BatchWork, keys: Sequence[ChatKey]) -> dict[ChatKey, Loaded]:
+        """Do the work of a batch on a line."""
+
+        async def run(driver: Driver[Any]) -> dict[ChatKey, Loaded]:
+            if self.database.on_citus:
+                return await batches.by_bucket(work, driver, keys)
+            return await work(driver, keys)
+
+        return await line.run(run)
 
     @cached_property
     def lines(self) -> Sequence[Line]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
 
 _ACCOUNT_COLUMNS = len(_account.columns)
+_CHAT_BEGINS = 4
+"""Where the columns of the chat begin in a row of a reading; behind them are two of its allowance."""
 
 
 class Stored(NamedTuple):
@@ -136,10 +138,6 @@ async def lock_chats(
     ]
     now: int = rows[0][0]
     return stored, now
-
-
-def _key(user_id: str, chat_id: str) -> dict[str, Any]:
-    return {"in_bucket": bucket_of(user_id), "of_user": user_id, "of_chat": chat_id}
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
@@ -251,28 +249,33 @@ async def load(connection: AsyncConnection, user_id: str, chat_id: str | None = 
     Returns the account with its running chats, the chat `chat_id` if it exists, and their allowances; and the instant.
     None if there is no such account.
     """
+    place = {"in_bucket": bucket_of(user_id), "of_users": sql.array_literal([user_id])}
     if chat_id is None:
-        wanted, key = sql.READ_RUNNING, {"in_bucket": bucket_of(user_id), "of_user": user_id}
+        found = await connection.execute(sql.READ_RUNNING, place)
     else:
-        wanted, key = sql.READ_RUNNING_AND_ONE, _key(user_id, chat_id)
-    rows = (await connection.execute(wanted, key)).all()
-    if not rows:
-        return None
-    found = [row for row in rows if row.chat_id is not None]
-    account = Account(
-        user_id=user_id,
-        at=rows[0].materialized_through,
-        balance=rows[0].balance,
-        allowances={row.advisor_id: Allowance(row.granted_us, row.used_us) for row in found},
-        chats={row.chat_id: chat_from(row[3:-2]) for row in found},
-    )
-    return account, rows[0].now
+        found = await connection.execute(
+            sql.READ_RUNNING_AND_THESE, {**place, "of_chats": sql.array_literal([chat_id])}
+        )
+    rows = found.all()
+    return account_from(user_id, rows) if rows else None
+
+
+def account_from(user_id: str, rows: Sequence[Sequence[Any]]) -> tuple[Account, int]:
+    """Return the account and the instant in the rows of a reading, one for each of its chats, or one without a chat."""
+    _, now, balance, at = rows[0][:_CHAT_BEGINS]
+    chats: dict[str, Chat] = {}
+    allowances: dict[str, Allowance] = {}
+    for row in rows:
+        if row[-1] is not None:
+            chat = chat_from(row[_CHAT_BEGINS:-2])
+            chats[chat.chat_id] = chat
+            allowances[chat.advisor_id] = Allowance(row[-2], row[-1])
+    return Account(user_id, at, balance, allowances, chats), now
 
 
 async def load_advisor(connection: AsyncConnection, user_id: str, chat_id: str) -> str | None:
     """Return the advisor of a chat, or None."""
-    bucket = bucket_of(user_id)
-    place = {"in_bucket": bucket, "of_user": user_id, "of_chat": chat_id}
+    place = {"in_bucket": bucket_of(user_id), "of_user": user_id, "of_chat": chat_id}
     found: str | None = (await connection.execute(sql.ADVISOR_OF, place)).scalar_one_or_none()
     return found
 

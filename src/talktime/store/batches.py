@@ -1,25 +1,26 @@
-"""Readings and heartbeats by the batch, on a connection of the driver's own."""
+"""Readings and heartbeats by the batch, on a connection of the driver's own.
+
+On a Citus cluster a batch goes bucket by bucket: there each function is called with the one bucket that its chats are
+in, and its statements say so.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from talktime.meter.state import Account, Allowance, Chat
+from talktime.meter.state import Account
 from talktime.store import statements as sql
-from talktime.store.accounts import chat_from
+from talktime.store.accounts import account_from
 from talktime.store.sending import send
 from talktime.store.tables import bucket_of, datetime_of
 
 if TYPE_CHECKING:
-    from psycopg import AsyncConnection
+    from psycopg import AsyncConnection, AsyncCursor
 
 ChatKey: TypeAlias = tuple[str, str]
 """A user id and a chat id."""
-
-_CHAT_BEGINS = 4
-"""Where the columns of the chat begin in a row of `READ_WANTED`; behind them are two of its allowance."""
 
 
 class Loaded(NamedTuple):
@@ -29,69 +30,104 @@ class Loaded(NamedTuple):
     now: int
 
 
-async def load_many(connection: AsyncConnection[Any], keys: Sequence[ChatKey]) -> dict[ChatKey, Loaded]:
+class BatchWork(Protocol):
+    """One of the functions below: chats, all of one bucket if there is one given -> what was loaded for them."""
+
+    async def __call__(  # noqa: D102 - the class says it
+        self, connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
+    ) -> dict[ChatKey, Loaded]: ...
+
+
+async def by_bucket(
+    work: BatchWork, connection: AsyncConnection[Any], keys: Sequence[ChatKey]
+) -> dict[ChatKey, Loaded]:
+    """Do the work for one bucket after the other."""
+    keys_in: dict[int, list[ChatKey]] = defaultdict(list)
+    for key in keys:
+        keys_in[bucket_of(key[0])].append(key)
+    found: dict[ChatKey, Loaded] = {}
+    for bucket, those in keys_in.items():
+        found |= await work(connection, those, bucket=bucket)
+    return found
+
+
+async def load_many(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
+) -> dict[ChatKey, Loaded]:
     """Read what the readings of these chats need, in one statement and so in one snapshot, and lock nothing.
 
     Users without an account are left out. A chat that does not exist is not in its account.
     """
-    reading = await send(connection, sql.READ_WANTED, _arrays(keys))
-    return _loaded(keys, await reading.fetchall())
+    reading = await _send_reading(connection, keys, bucket)
+    return _loaded(keys, bucket, await reading.fetchall())
 
 
-async def beat_many(connection: AsyncConnection[Any], keys: Sequence[ChatKey]) -> dict[ChatKey, Loaded]:
+async def beat_many(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
+) -> dict[ChatKey, Loaded]:
     """Renew the leases of those of these chats that run, in a transaction, and read what their readings need.
 
     Left out are chats whose clock does not run or whose lease has ended, and those that somebody holds locked.
     """
-    return await renew(connection, *await lock_beating(connection, keys))
+    alive, now = await lock_beating(connection, keys, bucket=bucket)
+    return await renew(connection, alive, now, bucket=bucket)
 
 
-async def lock_beating(connection: AsyncConnection[Any], keys: Sequence[ChatKey]) -> tuple[list[ChatKey], int]:
+async def lock_beating(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
+) -> tuple[list[ChatKey], int]:
     """Begin a transaction, lock the chats whose leases can be renewed, and read the clock.
 
     What locks in order and skips what is locked waits for nobody; so lock and clock may share a statement.
     """
+    lock = sql.LOCK_BEATING_CHATS if bucket is None else sql.LOCK_BEATING_CHATS_IN_BUCKET
     async with connection.pipeline():
         await connection.execute("BEGIN")
-        locking = await send(connection, sql.LOCK_BEATING_CHATS, _arrays(keys))
+        locking = await send(connection, lock, _arrays(keys, bucket))
     rows = await locking.fetchall()
     # One instant for all: that at which the last of them was locked.
     now = max((now for _, now, _, _ in rows), default=0)
     return [keys[place - 1] for place, _, beat_at, lease_us in rows if now < beat_at + lease_us], now
 
 
-async def renew(connection: AsyncConnection[Any], keys: Sequence[ChatKey], now: int) -> dict[ChatKey, Loaded]:
+async def renew(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], now: int, *, bucket: int | None = None
+) -> dict[ChatKey, Loaded]:
     """Renew the leases of locked chats, never backwards; read what their readings need, and commit."""
     if not keys:
         await connection.execute("COMMIT")
         return {}
-    arrays = _arrays(keys)
+    renewal = sql.RENEW_LEASES if bucket is None else sql.RENEW_LEASES_IN_BUCKET
     async with connection.pipeline():
-        await send(connection, sql.RENEW_LEASES, {**arrays, "at": datetime_of(now)})
-        reading = await send(connection, sql.READ_WANTED, arrays)
+        await send(connection, renewal, {**_arrays(keys, bucket), "at": datetime_of(now)})
+        reading = await _send_reading(connection, keys, bucket)
         await connection.execute("COMMIT")
-    return _loaded(keys, await reading.fetchall())
+    return _loaded(keys, bucket, await reading.fetchall())
 
 
-def _arrays(keys: Sequence[ChatKey]) -> dict[str, str]:
-    return sql.arrays("of_", sql.CHAT_KEY, [(bucket_of(user_id), user_id, chat_id) for user_id, chat_id in keys])
+async def _send_reading(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], bucket: int | None
+) -> AsyncCursor[Any]:
+    if bucket is None:
+        return await send(connection, sql.READ_WANTED, _arrays(keys, bucket))
+    users, chats = zip(*keys, strict=True)
+    place = {"in_bucket": bucket, "of_users": sql.array_literal(users), "of_chats": sql.array_literal(chats)}
+    return await send(connection, sql.READ_RUNNING_AND_THESE, place)
 
 
-def _loaded(keys: Sequence[ChatKey], rows: Sequence[Sequence[Any]]) -> dict[ChatKey, Loaded]:
-    """Put rows of `READ_WANTED` together: one for each chat that was found at a place, or one without a chat."""
-    rows_at: dict[int, list[Sequence[Any]]] = defaultdict(list)
+def _loaded(keys: Sequence[ChatKey], bucket: int | None, rows: Sequence[Sequence[Any]]) -> dict[ChatKey, Loaded]:
+    """Put the rows together by what is in their first column: the place of a chat among these, or a user."""
+    groups: dict[int | str, list[Sequence[Any]]] = defaultdict(list)
     for row in rows:
-        rows_at[row[0]].append(row)
-    found: dict[ChatKey, Loaded] = {}
-    for place, group in rows_at.items():
-        _, now, balance, at = group[0][:_CHAT_BEGINS]
-        chats: dict[str, Chat] = {}
-        allowances: dict[str, Allowance] = {}
-        for row in group:
-            if row[-1] is not None:
-                chat = chat_from(row[_CHAT_BEGINS:-2])
-                chats[chat.chat_id] = chat
-                allowances[chat.advisor_id] = Allowance(row[-2], row[-1])
-        user_id, _ = key = keys[place - 1]
-        found[key] = Loaded(Account(user_id, at, balance, allowances, chats), now)
-    return found
+        groups[row[0]].append(row)
+    if bucket is None:
+        placed = ((key, groups.get(place)) for place, key in enumerate(keys, 1))
+    else:
+        # What was read for another chat of the same user is there too; it makes no difference.
+        placed = ((key, groups.get(key[0])) for key in keys)
+    return {key: Loaded(*account_from(key[0], group)) for key, group in placed if group is not None}
+
+
+def _arrays(keys: Sequence[ChatKey], bucket: int | None) -> dict[str, Any]:
+    rows = [(bucket_of(user_id), user_id, chat_id) for user_id, chat_id in keys]
+    return sql.arrays("of_", sql.CHAT_KEY, rows) | ({} if bucket is None else {"in_bucket": bucket})

@@ -45,9 +45,10 @@ APPLICATION_ROLE = "talktime_app"
 _MAY_TAKE_ROLE = """
 SELECT pg_has_role(oid, CASE WHEN current_setting('server_version_num')::int < 160000 THEN 'MEMBER' ELSE 'SET' END)
     AND has_table_privilege(oid, to_regclass('account'), 'INSERT')
-    AND (rolcanlogin OR NOT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus'))
+    AND (rolcanlogin OR NOT %s)
 FROM pg_roles WHERE rolname = %s
 """
+_ON_CITUS = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')"
 # The schemas that the login sees: "$user" in a search path would mean the role from now on.
 _KEEP_SCHEMAS = """
 SELECT set_config('search_path', array_to_string(ARRAY(
@@ -82,6 +83,8 @@ class Database:
         self._beside = self._engine(url, poolclass=NullPool)
         self._lines: list[Line] = []
         self._told_of_role = False
+        self.on_citus = False
+        """Whether the database is a Citus cluster; known from the first connection on."""
 
     def _engine(self, url: URL | str, **pool: Any) -> AsyncEngine:  # noqa: ANN401 - SQLAlchemy's options
         engine = create_async_engine(
@@ -173,7 +176,9 @@ class Database:
         connection.autocommit = True
         cursor = connection.cursor()
         cursor.execute(_SESSION)
-        cursor.execute(_MAY_TAKE_ROLE, (APPLICATION_ROLE,))
+        cursor.execute(_ON_CITUS)
+        (self.on_citus,) = cursor.fetchone() or (False,)
+        cursor.execute(_MAY_TAKE_ROLE, (self.on_citus, APPLICATION_ROLE))
         found = cursor.fetchone()
         if found is not None and found[0]:
             cursor.execute(_KEEP_SCHEMAS)

@@ -198,6 +198,10 @@ RENEW_LEASES = (
     .values(last_heartbeat_at=func.greatest(_chat.c.last_heartbeat_at, bindparam("at", type_=tables.Instant)))
 )
 
+_IN_BUCKET = _chat.c.bucket == _BUCKET
+LOCK_BEATING_CHATS_IN_BUCKET = LOCK_BEATING_CHATS.where(_IN_BUCKET)
+RENEW_LEASES_IN_BUCKET = RENEW_LEASES.where(_IN_BUCKET)
+
 UPDATE_ACCOUNTS = _update_of(_account, ("user_id",), ("balance", "materialized_through", "next_entry", "due_at"))
 UPDATE_GROWN_ACCOUNTS = _update_of(_account, ("user_id",), ("balance",), at="materialized_through")
 UPDATE_CHATS = _update_of(_chat, _CHAT_KEY, _CHAT_CHANGING)
@@ -206,11 +210,12 @@ UPDATE_ALLOWANCES = _update_of(_allowance, ("user_id", "advisor_id"), ("used_us"
 
 
 def _reading_of(wanted: Select[Any] | CompoundSelect[Any]) -> Select[Any]:
-    """Build the one statement of a reading: the clock, the account, and the wanted chats with their allowances."""
+    """Build the one statement of readings: the clock, the accounts, and the wanted chats with their allowances."""
     chat = wanted.subquery("wanted")
     return (
         select(
-            _NOW,
+            _account.c.user_id.label("of_user"),
+            select(_NOW).scalar_subquery().label("now"),
             _account.c.balance,
             _account.c.materialized_through,
             *chat.columns,
@@ -218,26 +223,30 @@ def _reading_of(wanted: Select[Any] | CompoundSelect[Any]) -> Select[Any]:
             _allowance.c.used_us,
         )
         .select_from(_account)
-        .outerjoin(chat, chat.c.bucket == _account.c.bucket)
+        .outerjoin(chat, and_(chat.c.bucket == _account.c.bucket, chat.c.user_id == _account.c.user_id))
         .outerjoin(
             _allowance,
             and_(
                 _allowance.c.bucket == _BUCKET,
-                _allowance.c.user_id == _USER,
+                _allowance.c.user_id == chat.c.user_id,
                 _allowance.c.advisor_id == chat.c.advisor_id,
             ),
         )
-        .where(_account.c.bucket == _BUCKET, _account.c.user_id == _USER)
+        .where(_account.c.bucket == _BUCKET, _account.c.user_id == _USERS)
     )
 
 
-_MY_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USER)
-_MY_RUNNING_CHATS = select(_chat).where(_MY_CHATS, _IS_RUNNING)
-READ_RUNNING = _reading_of(_MY_RUNNING_CHATS)
-READ_RUNNING_AND_ONE = _reading_of(
+_THEIR_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USERS)
+_THEIR_RUNNING_CHATS = select(_chat).where(_THEIR_CHATS, _IS_RUNNING)
+READ_RUNNING = _reading_of(_THEIR_RUNNING_CHATS)
+READ_RUNNING_AND_THESE = _reading_of(
     # Two branches, each with an index of its own; one condition with OR would walk all of a user's past chats.
-    union_all(_MY_RUNNING_CHATS, select(_chat).where(_MY_CHATS, _chat.c.chat_id == _CHAT, ~_IS_RUNNING))
+    union_all(
+        _THEIR_RUNNING_CHATS,
+        select(_chat).where(_THEIR_CHATS, _chat.c.chat_id == func.any(_array("of_chats", Text())), ~_IS_RUNNING),
+    )
 )
+_MY_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USER)
 
 
 def _chat_of_wanted(*conditions: ColumnElement[bool]) -> Select[Any]:
@@ -250,7 +259,7 @@ _of_wanted = union_all(
 ).lateral("chats")
 
 READ_WANTED = (
-    # Each of the wanted chats as `READ_RUNNING_AND_ONE` reads it, all in one snapshot and at one instant.
+    # As `READ_RUNNING_AND_THESE`, over all buckets.
     select(
         _wanted.c.place,
         select(_NOW).scalar_subquery().label("now"),
