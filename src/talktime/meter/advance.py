@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from talktime.meter.state import ENDLESS, RESUMABLE, TRANSITIONS, Account, Allowance, Chat, Event, halt, seniority
 from talktime.meter.units import END_OF_TIME_US
@@ -126,6 +126,10 @@ class _Clock:
         )
 
 
+Stop: TypeAlias = tuple[_Clock, int, Event]
+"""A clock that stopped, when, and why."""
+
+
 class _Course:
     """What the passing of time changes in an account: its running clocks in order of seniority, free time, balance."""
 
@@ -140,61 +144,69 @@ class _Course:
         self.balance = account.balance
         self.at = account.at
 
-    def run(self, to: int) -> list[tuple[_Clock, int, Event]]:
-        """Let time pass until the instant `to`; return the clocks that stopped, in order, each with when and why."""
-        stops = []
+    def run(self, to: int) -> list[Stop]:
+        """Let time pass until the instant `to`; return the clocks that stopped, in order."""
+        stops: list[Stop] = []
         while self.clocks:
-            at = self.at
-            lapsed = [clock for clock in self.clocks if clock.lease_end <= at]
-            stops += [(clock, at, Event.LAPSE) for clock in lapsed]
-            self._drop(lapsed)
-            free, sharers, paid, unable = self._turns()
-            stops += [(clock, at, Event.EXHAUST) for clock in unable]
-            self._drop(unable)
-            if at == to or not self.clocks:
+            turns, stopping = self._turns()
+            stops += stopping
+            if self.at == to or not self.clocks:
                 break
-            ticks = min(to - at, *(clock.lease_end - at for clock in self.clocks))
-            for advisor_id, sharing in sharers.items():
-                # Too few ticks left for all who share: the seniors have them, in a stretch of a single tick.
-                ticks = min(ticks, self.left[advisor_id] // sharing)
-            if paid:
-                ticks = _payable(paid, ticks, self.balance)
-            for advisor_id, sharing in sharers.items():
-                self.left[advisor_id] -= ticks * sharing
-            for clock in free:
-                clock.free_us += ticks
-            for clock in paid:
-                self.balance -= clock.pay(ticks)
-            self.at += ticks
+            self._pass_time(to, turns)
         self.at = to
         return stops
 
-    def _drop(self, stopping: list[_Clock]) -> None:
-        for clock in stopping:
-            self.clocks.remove(clock)
-
-    def _turns(self) -> tuple[list[_Clock], dict[str, int], list[_Clock], list[_Clock]]:
-        """Steps 3 and 4 for the next tick, without taking anything.
-
-        Returns those whose tick is free, how many they are for each advisor, those who pay, and those who would have to
-        and cannot.
-        """
-        free, paid, unable = [], [], []
-        sharers: dict[str, int] = {}
-        balance = self.balance
+    def _turns(self) -> tuple[_Turns, list[Stop]]:
+        """Steps 1, 3 and 4 at this instant, and stop those that cannot have the next tick; nothing is taken yet."""
+        at, left, balance = self.at, self.left, self.balance
+        turns = _Turns()
+        running, lapsed, unable = [], [], []
+        # In order of seniority, and whoever stops takes nothing from those behind; so the three steps are one pass.
         for clock in self.clocks:
-            sharing = sharers.get(clock.advisor_id, 0)
-            if self.left[clock.advisor_id] > sharing:
-                sharers[clock.advisor_id] = sharing + 1
-                free.append(clock)
+            if clock.lease_end <= at:
+                lapsed.append((clock, at, Event.LAPSE))
                 continue
-            price = clock.cost_of(1)
-            if price > balance:
-                unable.append(clock)
+            sharing = turns.sharers.get(clock.advisor_id, 0)
+            if left[clock.advisor_id] > sharing:
+                turns.sharers[clock.advisor_id] = sharing + 1
+                turns.free.append(clock)
             else:
+                price = clock.cost_of(1)
+                if price > balance:
+                    unable.append((clock, at, Event.EXHAUST))
+                    continue
                 balance -= price
-                paid.append(clock)
-        return free, sharers, paid, unable
+                turns.paid.append(clock)
+            running.append(clock)
+        self.clocks = running
+        return turns, lapsed + unable
+
+    def _pass_time(self, to: int, turns: _Turns) -> None:
+        """Let those ticks pass, up to `to`, for which the turns stay as they are."""
+        ticks = min(to, *(clock.lease_end for clock in self.clocks)) - self.at
+        for advisor_id, sharing in turns.sharers.items():
+            # Too few ticks left for all who share: the seniors have them, in a stretch of a single tick.
+            ticks = min(ticks, self.left[advisor_id] // sharing)
+        if turns.paid:
+            ticks = _payable(turns.paid, ticks, self.balance)
+        for advisor_id, sharing in turns.sharers.items():
+            self.left[advisor_id] -= ticks * sharing
+        for clock in turns.free:
+            clock.free_us += ticks
+        for clock in turns.paid:
+            self.balance -= clock.pay(ticks)
+        self.at += ticks
+
+
+class _Turns:
+    """Who takes the next tick for free, how many they are for each advisor, and who pays for it."""
+
+    __slots__ = ("free", "paid", "sharers")
+
+    def __init__(self) -> None:
+        self.free: list[_Clock] = []
+        self.sharers: dict[str, int] = {}
+        self.paid: list[_Clock] = []
 
 
 def _payable(paid: list[_Clock], ticks: int, balance: int) -> int:
