@@ -6,13 +6,19 @@ statements are sent. On a cluster (tests/citus.py) all tests run on tables that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, pool, text
 from sqlalchemy.engine import URL
 
+from talktime import operations
 from talktime.errors import SchemaError
+from talktime.meter.reading import Reading, read
+from talktime.meter.state import CreditKind, Scope
+from talktime.store import database
+from talktime.store.batches import ChatKey, Loaded, beat_many, load_many
 from talktime.store.citus import (
     DISTRIBUTED,
     LOCAL,
@@ -24,9 +30,11 @@ from talktime.store.citus import (
     statement_for,
 )
 from talktime.store.schema import upgrade
-from talktime.store.tables import metadata
-from tests.database import Databases, connect
+from talktime.store.tables import bucket_of, metadata
+from tests.database import Clock, Databases, connect
+from tests.driver import watched
 from tests.program import NOWHERE, run, written
+from tests.support import CREDIT, POLICY, S, open_service
 
 REFUSAL = "cannot distribute the tables: the database has no extension citus; on every node: CREATE EXTENSION citus"
 
@@ -243,3 +251,38 @@ def test_rows_that_were_left_behind_are_removed_once(noting: Connection, empty_d
 def test_the_statements_name_no_schema_so_that_they_find_the_tables_where_the_migrations_made_them() -> None:
     for name in (REFERENCE, *DISTRIBUTED):
         assert f"('{name}'" in statement_for(name)
+
+
+async def test_a_batch_goes_bucket_by_bucket_and_answers_the_same(
+    database_url: URL, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [("ann", "c1"), ("bob", "c1"), ("ann", "c2"), ("eve", "c1"), ("ann", "none"), ("nobody", "c1")]
+    async with open_service(database_url, policy=POLICY._replace(scope=Scope.NONE)) as service:
+        for user_id, chat_id in keys[:4]:
+            await operations.credit(service, user_id, kind=CreditKind.GRANT, amount=99 * CREDIT, memo="", key=chat_id)
+            await operations.start(service, user_id, chat_id, advisor_id=f"a-{chat_id}", key=None)
+        await operations.pause(service, "bob", "c1")
+        clock.tick(S)
+        at_once = await service.batch(service.database.line(), load_many, keys)
+    monkeypatch.setattr(database, "_ON_CITUS", "SELECT true")
+    sent: list[Any] = []
+    async with open_service(database_url) as service:
+        line = service.database.line()
+        with watched(lambda _, __, parameters: sent.append(parameters)):
+            by_bucket = await service.batch(line, load_many, keys)
+            clock.tick(S)
+            beaten = await service.batch(line, beat_many, keys)
+        beats_at = {reading.as_of for reading in _readings(beaten)}
+    assert [*at_once] == [key for key in keys if key in by_bucket] == keys[:5]
+    assert _readings(at_once) == _readings(by_bucket)
+    assert {("ann", "c1"), ("ann", "c2"), ("eve", "c1")} == set(beaten)
+    assert {clock.now} == beats_at
+    assert {bucket_of(user_id) for user_id, _ in keys} == {parameters["in_bucket"] for parameters in sent if parameters}
+
+
+def _readings(found: Mapping[ChatKey, Loaded]) -> list[Reading]:
+    return [
+        read(loaded.account, chat_id, loaded.now)
+        for (_, chat_id), loaded in sorted(found.items())
+        if chat_id in loaded.account.chats
+    ]
