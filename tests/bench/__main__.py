@@ -1,116 +1,156 @@
-"""Benchmarks: ``uv run python -m tests.bench``. Prints a table; ratios of one run mean more than seconds.
+"""Benchmarks: ``uv run python -m tests.bench``. Ratios against baselines measured beside them, in one run.
 
-Uses the PostgreSQL of TALKTIME_DATABASE_URL, in a database of its own that is dropped again, else an embedded one.
+Uses the PostgreSQL of TALKTIME_DATABASE_URL, in databases of its own that are dropped again, else an embedded one with
+its settings for daily use. Prints a table, and writes a JSON file with the raw numbers of every round. Other work on
+the machine slows all of it; the ratios suffer least.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
-import resource
-import subprocess
+import signal
 import sys
 import tempfile
-import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
-from sqlalchemy.engine import URL, make_url
 
-from reconciler.sweep import sweep
-from talktime.store.database import Database, provide_database
-from talktime.store.schema import upgrade
-from talktime.store.tables import bucket_of
-from tests.database import connect
+from tests.bench import report
+from tests.bench.bench import Bench, Options
+from tests.bench.database import running_server
+from tests.bench.figures import table_of
+from tests.bench.pass_parts import measure_history, measure_million, measure_pass, measure_writer
+from tests.bench.plots import draw
+from tests.bench.programs import BenchmarkFailed
+from tests.bench.requests_parts import measure_batch, measure_heartbeats, measure_memory, measure_readings
+from tests.bench.rounds import Part, Progress
 
-DATABASE = "talktime_bench"
+PARTS: Mapping[str, Callable[[Bench], Part]] = {
+    "readings": measure_readings,
+    "heartbeats": measure_heartbeats,
+    "batch": measure_batch,
+    "pass": measure_pass,
+    "writer": measure_writer,
+    "million": measure_million,
+    "memory": measure_memory,
+    "history": measure_history,
+}
+MODEST = {"chats": 100_000, "segments": 1_000_000}
+FULL = {"chats": 1_000_000, "segments": 10_000_000}
+INTERRUPTED = 128 + signal.SIGINT
 
 
-def main() -> int:
-    """Measure passes over open chats."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--chats", type=int, default=10_000, help="open chats, one per user (default: 10,000)")
-    parser.add_argument("--passes", type=int, default=5, help="counted passes, after one that is not (default: 5)")
-    parser.add_argument("--measure-pass", type=str, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.measure_pass:
-        return asyncio.run(_measure(make_url(options.measure_pass), options.passes))
-    given = os.environ.get("TALKTIME_DATABASE_URL")
-    rows = []
-    with (
-        tempfile.TemporaryDirectory() as home,
-        provide_database(make_url(given).set(drivername="postgresql+psycopg") if given else None, Path(home)) as server,
-    ):
-        for chats in (options.chats // 10, options.chats):
-            with connect(server) as connection:
-                connection.execute(f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)")
-                connection.execute(f"CREATE DATABASE {DATABASE}")
-            url = server.set(database=DATABASE)
-            upgrade(url)
-            _fill(url, chats)
-            rows.append((chats, *_measured_apart(url, options.passes)))
-            with connect(server) as connection:
-                connection.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
-    table = Table(
-        "open chats", "pass, median s", "fastest s", "chats per s", "peak memory MB", title="A pass, one process"
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what is asked for; returns the exit code."""
+    parsed = _parser().parse_args(argv)
+    sizes = FULL if parsed.full else MODEST
+    options = Options(
+        rounds=parsed.rounds,
+        seconds=parsed.seconds,
+        clients=parsed.clients,
+        generators=parsed.generators,
+        chats=parsed.chats or sizes["chats"],
+        segments=parsed.segments or sizes["segments"],
+        in_flight=parsed.in_flight,
     )
-    for chats, seconds, memory_mb in rows:
-        median = sorted(seconds)[len(seconds) // 2]
-        table.add_row(
-            f"{chats:,}", f"{median:.3f}", f"{min(seconds):.3f}", f"{chats / median:,.0f}", f"{memory_mb:.1f}"
-        )
-    Console().print(table)
-    return 0
+    path = parsed.json or report.default_path()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped then, too
+    parts: dict[str, Part] = {}
+    machine = report.machine()
+    interrupted = False
+    # The server's own account has to reach the folder above its home, which is closed by itself.
+    with (
+        tempfile.TemporaryDirectory(prefix="talktime-bench-") as folder,
+        running_server(Path(folder) / "home") as server,
+    ):
+        database = server.about()
+        bench = Bench(options=options, server=server, folder=Path(folder), progress=Progress())
+        try:
+            for name in [name for name in PARTS if name in parsed.parts] or PARTS:
+                bench.progress.part = name
+                parts[name] = _measured(bench, PARTS[name])
+                report.write(path, report.document(options, database=database, machine=machine, parts=parts))
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            bench.close()
+    _show(parts, path)
+    if parsed.plot:
+        drawn = path.with_suffix(".svg")
+        report.write(drawn, draw([figure for part in parts.values() for figure in part.figures]))
+        print(f"plot in {drawn}")
+    if interrupted:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if any(part.failures for part in parts.values()) else 0
 
 
-def _fill(url: URL, chats: int) -> None:
-    """Write users with a running chat each, by the rows: what a start writes, without its cost."""
-    with connect(url) as connection, connection.cursor() as cursor:
-        row = cursor.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
-        users = [(bucket_of(f"user-{n}"), f"user-{n}") for n in range(chats)]
-        with cursor.copy(
-            "COPY account (bucket, user_id, balance, materialized_through, next_entry, due_at) FROM STDIN"
-        ) as copy:
-            for bucket, user_id in users:
-                copy.write_row((bucket, user_id, 10**12, row[0], 1, row[0]))
-        cursor.execute(
-            "INSERT INTO allowance SELECT bucket, user_id, 'advisor-' || hashtext(user_id) % 100, 0, 0 FROM account"
-        )
-        cursor.execute(
-            "INSERT INTO chat SELECT bucket, user_id, 'chat', advisor_id, 'running', 60000000, 0, 0, 3600000000,"
-            " 7200000000, due_at, due_at, 1, NULL, NULL, NULL, due_at, 0, 0, 0, 0, 0 FROM account JOIN allowance"
-            " USING (bucket, user_id)"
-        )
-        cursor.execute("VACUUM ANALYZE")
+def _measured(bench: Bench, measure: Callable[[Bench], Part]) -> Part:
+    """Measure a part; if it fails, say so and let the others have their turn."""
+    try:
+        part = measure(bench)
+    except BenchmarkFailed as failed:
+        part = Part(failures=[str(failed)])
+    except Exception as error:  # noqa: BLE001 - whatever it was, it is told, and ends the run with 1
+        traceback.print_exc()
+        part = Part(failures=[f"{type(error).__name__}: {error}"])
+    for failure in part.failures:
+        bench.progress.say(f"FAILED: {failure}")
+    return part
 
 
-def _measured_apart(url: URL, passes: int) -> tuple[list[float], float]:
-    """Measure in a process of its own, whose memory is the pass's alone."""
-    shown = url.render_as_string(hide_password=False)
-    out = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--measure-pass", shown, "--passes", str(passes)],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.split()
-    return [float(seconds) for seconds in out[:-1]], float(out[-1])
+def _show(parts: Mapping[str, Part], path: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table_of([figure for part in parts.values() for figure in part.figures]))
+    for name, part in parts.items():
+        for failure in part.failures:
+            console.print(f"{name} FAILED: {failure}", markup=False, style="bold red")
+    if parts:
+        console.print(f"raw numbers in {path}", markup=False, soft_wrap=True)
 
 
-async def _measure(url: URL, passes: int) -> int:
-    database = Database(url, pool_size=8)
-    for counted in range(passes + 1):
-        began = time.perf_counter()
-        made = await sweep(database, asyncio.Event())
-        if counted:
-            print(time.perf_counter() - began)
-        assert not made.failed
-    await database.close()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return 0
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="exit codes: 0 all measured, targets met or not; 1 a part failed; 2 bad use; 130 interrupted",
+    )
+    parser.add_argument(
+        "parts", nargs="*", type=_part, metavar="PART", help=f"out of {', '.join(PARTS)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=_positive, default=5, help="of candidate and baseline in turns (default: 5)")
+    parser.add_argument("--seconds", type=_positive, default=3, help="of each of them in a round (default: 3)")
+    parser.add_argument("--clients", type=_positive, default=64, help="with a request in flight each (default: 64)")
+    parser.add_argument("--generators", type=_positive, default=1, help="processes that send requests (default: 1)")
+    parser.add_argument("--chats", type=_positive, help=f"running, one per user (default: {MODEST['chats']:,})")
+    parser.add_argument("--segments", type=_positive, help=f"of the long history (default: {MODEST['segments']:,})")
+    parser.add_argument("--in-flight", type=_positive, default=10_000, help="for the memory (default: 10,000)")
+    parser.add_argument("--full", action="store_true", help="the sizes of the targets: 1,000,000 and 10,000,000")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"default: a new one in {report.FOLDER}/")
+    parser.add_argument("--plot", action="store_true", help="draw the ratios of all rounds beside it, as an SVG")
+    return parser
+
+
+def _part(text: str) -> str:
+    if text not in PARTS:
+        message = f"there is no part {text!r}, only {', '.join(PARTS)}"
+        raise argparse.ArgumentTypeError(message)
+    return text
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else 0
+    if number < 1:
+        message = f"must be a whole number from 1 on, not {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return number
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before anything was measured
+        sys.exit(INTERRUPTED)

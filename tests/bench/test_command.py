@@ -1,0 +1,162 @@
+"""The benchmark as it is run: programs that it starts, and a tiny run of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlalchemy.engine import URL
+
+from tests.bench.__main__ import main
+from tests.bench.crowd import crowd
+from tests.bench.pgbench import PgBench, parse
+from tests.bench.population import populate
+from tests.bench.programs import BenchmarkFailed, halted, memory_bytes, module, started
+from tests.bench.service import Load, request, serving, serving_bare, write_requests
+from tests.database import Databases, connect
+from tests.program import environment, written
+
+TINY = ("--chats", "20", "--rounds", "1", "--seconds", "1")
+
+
+def test_a_run_prints_a_table_keeps_its_raw_numbers_and_leaves_no_database(
+    databases: Databases, tmp_path: Path
+) -> None:
+    path = tmp_path / "new" / "run.json"
+    ended = subprocess.run(
+        [*module("tests.bench", "pass", *TINY), "--json", str(path), "--plot"],
+        env=environment(TALKTIME_DATABASE_URL=written(databases.server)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert 0 == ended.returncode, ended.stderr
+    assert "pass, one process" in ended.stdout
+    assert "round 1 of 1: set-based SQL" in ended.stderr
+    document = json.loads(path.read_text())
+    [round_] = document["parts"]["pass"]["rounds"]
+    [figure] = document["parts"]["pass"]["figures"]
+    assert round_["pass"]["rate"] / round_["set-based SQL"]["rate"] == figure["value"]
+    assert [20] * len(round_["pass"]["passes"]) == [one["chats"] for one in round_["pass"]["passes"]]
+    assert document["database"]["synchronous_commit"] == "on"
+    assert str(tmp_path) not in path.read_text()
+    assert path.with_suffix(".svg").exists()
+    left = databases.admin.execute("SELECT datname FROM pg_database WHERE starts_with(datname, 'talktime_bench_')")
+    assert [] == left.fetchall()
+
+
+def test_a_part_that_does_not_exist_is_bad_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["reading"])
+    assert 2 == ended.value.code
+    assert "there is no part 'reading', only readings, heartbeats" in capsys.readouterr().err
+
+
+# --- servers under load -----------------------------------------------------------------------------------------------
+
+
+def test_all_requests_of_a_crowd_are_in_flight_at_once_and_answered(database_url: URL, tmp_path: Path) -> None:
+    population = populate(database_url, 10)
+    with serving(population, tmp_path) as api:
+        users = population.some_users(10)
+        requests = [api.reading(user_id, token) for user_id, token in zip(users, api.tokens(users), strict=True)]
+        path = write_requests(tmp_path / "requests.json", [*requests, *map(api.heartbeat, users)])
+        for _ in range(2):
+            run = crowd(api, path, 20, tmp_path)
+            assert (20, {"200": 20}, "") == (run["sent"], run["statuses"], run["failure"])
+            assert run["memory_peak_bytes"] >= run["memory_connected_bytes"] > 0
+    with connect(database_url) as connection:
+        beaten = connection.execute("SELECT count(*) FROM chat WHERE last_heartbeat_at > opened_at").fetchone()
+    assert (10,) == beaten
+
+
+def test_a_load_on_the_bare_route_is_counted_over_all_generators(tmp_path: Path) -> None:
+    with serving_bare(b'{"balance":"1"}', tmp_path) as (program, address):
+        assert b'{"balance":"1"}' == httpx.get(f"http://{address}/v1/users/u1/chats/c1", trust_env=False).content
+        load = Load(
+            name="bare route",
+            server=program,
+            address=address,
+            requests=write_requests(tmp_path / "requests.json", [request("GET", "/v1/users/u1/chats/c1", "host", "")]),
+            clients=3,
+            generators=2,
+            warm_up_us=0,
+            us=100_000,
+            folder=tmp_path,
+        )
+        run = load.run(each=3)
+        assert 0 < run["answers"] < run["answers_with_warm_up"]
+        # Each generator has a time of its own, none longer than this.
+        assert run["rate"] >= 2.999 * run["answers"] * 1_000_000 / run["elapsed_us"]
+        assert 0 < run["latency_us"]["p50"] <= run["latency_us"]["p99"] <= run["latency_us"]["max"]
+        write_requests(load.requests, [request("POST", "/v1/heartbeats", "host", "")])
+        with pytest.raises(BenchmarkFailed, match=r"bare route: HTTP/1\.1 404"):
+            load.run()
+
+
+def test_pgbench_counts_single_rows(database_url: URL, tmp_path: Path) -> None:
+    pgbench = PgBench(url=database_url, rows=50, clients=2, seconds=1, folder=tmp_path)
+    pgbench.prepare()
+    run = pgbench.run("UPDATE")
+    assert run["answers"] > 10
+    assert run["rate"] > 10
+    with connect(database_url) as connection:
+        row = connection.execute(
+            "SELECT count(*), (SELECT reloptions FROM pg_class WHERE relname = 'bench_row')"
+            " = (SELECT reloptions FROM pg_class WHERE relname = 'chat') FROM bench_row"
+        ).fetchone()
+    assert (50, True) == row
+    with connect(database_url) as connection:
+        connection.execute("DROP TABLE bench_row")
+    with pytest.raises(BenchmarkFailed, match="bench_row"):
+        pgbench.run("SELECT")
+
+
+def test_failed_transactions_of_pgbench_are_no_result() -> None:
+    output = (
+        "number of transactions actually processed: 100\nnumber of failed transactions: 1 (1.000%)\n"
+        "latency average = 0.123 ms\ntps = 812.5 (without initial connection time)\n"
+    )
+    with pytest.raises(BenchmarkFailed, match="or some failed"):
+        parse(output)
+    assert {"rate": 812.5, "answers": 100, "latency_us": {"mean": 123}} == parse(output.replace("s: 1 (1", "s: 0 (0"))
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+    code = "import sys; print('ready', flush=True); sys.exit('out of luck')"
+    with started("helper", sys.executable, "-c", code, folder=tmp_path) as program:
+        assert "ready" == program.line(30)
+        with pytest.raises(BenchmarkFailed, match=r"^helper ended: out of luck$"):
+            program.line(30)
+
+
+def test_a_program_that_says_nothing_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    with (
+        started("helper", sys.executable, "-c", "import time; time.sleep(60)", folder=tmp_path) as program,
+        pytest.raises(BenchmarkFailed, match="helper said nothing"),
+    ):
+        program.line(0.1)
+    assert program.process.returncode is not None
+
+
+def test_a_halted_program_stands_still_and_goes_on(tmp_path: Path) -> None:
+    code = "import sys\nfor line in sys.stdin: print(line.strip(), flush=True)"
+    with started("echo", sys.executable, "-c", code, folder=tmp_path) as program:
+        assert {"n": 1} == program.ask(30, n=1)
+        with halted(program):
+            program.tell(n=2)
+            time.sleep(0.2)
+            with pytest.raises(BenchmarkFailed, match="said nothing"):
+                program.line(0.2)
+        assert {"n": 2} == program.answer(30)
+        assert memory_bytes(program.pid) > 1_000_000
+    assert 0 == memory_bytes(program.pid)

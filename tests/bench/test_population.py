@@ -1,0 +1,150 @@
+"""What the benchmark writes into a database, by itself: users with chats and histories, and its two writers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.engine import URL
+
+from reconciler.sweep import sweep
+from talktime.store.database import Database
+from tests.bench import interval_writer, set_based
+from tests.bench.population import FREE_OF, populate, user
+from tests.bench.programs import BenchmarkFailed, Program, module, started
+from tests.bench.service import url_environment
+from tests.database import connect
+from tests.support import audit_lines
+
+USERS = 11
+
+_SCHEMA = """
+SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE connamespace = 'public'::regnamespace
+UNION ALL
+SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+ORDER BY 1, 2, 3
+"""
+
+
+async def audited(url: URL) -> list[str]:
+    database = Database(url)
+    try:
+        return await audit_lines(database)
+    finally:
+        await database.close()
+
+
+async def passed(url: URL) -> int:
+    database = Database(url)
+    try:
+        return (await sweep(database, asyncio.Event())).chats
+    finally:
+        await database.close()
+
+
+def rows(url: URL, query: str) -> list[Any]:
+    with connect(url) as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.mark.parametrize(("old_chats", "segments"), [(0, 1), (3, 4)], ids=["no history", "history"])
+async def test_the_audit_finds_no_difference_in_a_population_before_and_after_a_pass(
+    database_url: URL, old_chats: int, segments: int
+) -> None:
+    before = rows(database_url, _SCHEMA)
+    populate(database_url, USERS, old_chats=old_chats, segments_each=segments)
+    assert before == rows(database_url, _SCHEMA)
+    assert [] == await audited(database_url)
+    assert USERS == await passed(database_url)
+    assert [] == await audited(database_url)
+
+
+def test_a_population_has_the_chats_segments_and_charges_that_were_asked_for(database_url: URL) -> None:
+    populate(database_url, USERS, old_chats=3, segments_each=4)
+    states = dict(rows(database_url, "SELECT state, count(*) FROM chat GROUP BY state"))
+    assert {"running": USERS, "ended": 3 * USERS} == states
+    assert [(12 * USERS,)] == rows(database_url, "SELECT count(*) FROM segment")
+    free = -(-USERS // FREE_OF)
+    charges = rows(database_url, "SELECT count(*) FROM ledger_entry WHERE kind = 'charge'")
+    assert [(12 * (USERS - free),)] == charges
+
+
+def test_some_users_are_spread_evenly_and_none_is_named_twice(database_url: URL) -> None:
+    population = populate(database_url, USERS)
+    assert [user(0), user(3), user(7)] == population.some_users(3)
+    assert [user(number) for number in range(USERS)] == population.some_users(1000)
+
+
+async def test_what_the_set_based_writer_writes_is_what_a_pass_would_write(database_url: URL) -> None:
+    populate(database_url, USERS)
+    with connect(database_url) as connection:
+        batches = set_based.batches_as_of_now(connection)
+        for batch in batches:
+            set_based.write(connection, batch)
+    assert USERS == sum(len(batch.users) for batch in batches)
+    # All rows of a pass, at the instant for which the values were computed: the audit derives each of them again.
+    assert [(USERS,)] == rows(database_url, "SELECT count(*) FROM chat WHERE elapsed_us > 0 AND free_us + cost > 0")
+    assert [(3,)] == rows(database_url, "SELECT count(*) FROM allowance WHERE used_us > 0")
+    assert [(1, True)] == rows(
+        database_url,
+        "SELECT count(DISTINCT materialized_through), bool_and(materialized_through > due_at) FROM account",
+    )
+    assert [] == await audited(database_url)
+    assert USERS == await passed(database_url)
+    assert [] == await audited(database_url)
+
+
+# --- the interval writer ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def interval_writing(url: URL, folder: Path, chats: int) -> Iterator[Program]:
+    """Run the writer as it is run: it is no part of the product, whose statements these tests hold to rules."""
+    with connect(url) as connection:
+        interval_writer.prepare(connection, chats)
+    environment = url_environment(url)
+    with started("writer", *module("tests.bench.interval_writer"), folder=folder, environment=environment) as program:
+        yield program
+
+
+def test_an_interval_is_written_to_the_record_the_chat_and_the_user(database_url: URL, tmp_path: Path) -> None:
+    with interval_writing(database_url, tmp_path, 2) as writer:
+        with connect(database_url) as connection:
+            connection.execute("UPDATE interval_record SET free_s = 170 WHERE record_id = 1")
+        for _ in range(2):
+            assert 1 == writer.ask(60, timers=1, us=60_000_000)["chats"]
+    # Of three free minutes ten seconds were left; the other five cost 12.5 cents, and a whole interval 37.5.
+    assert [(30, 180), (0, 0)] == rows(
+        database_url, "SELECT duration_s, free_s FROM interval_record ORDER BY record_id"
+    )
+    assert [(30, 12 + 37), (0, 0)] == rows(
+        database_url, "SELECT duration_s, charged FROM interval_chat ORDER BY chat_id"
+    )
+    assert [(10**9 - 12 - 37,), (10**9,)] == rows(database_url, "SELECT credits FROM interval_user ORDER BY user_id")
+
+
+def test_all_timers_that_fire_at_once_write_once_each(database_url: URL, tmp_path: Path) -> None:
+    with interval_writing(database_url, tmp_path, 60) as writer:
+        made = writer.ask(60, timers=60, us=60_000_000)
+        assert 60 == made["chats"]
+        assert 0 < made["elapsed_us"] < 60_000_000
+        assert [(60 * 15, 60)] == rows(
+            database_url, "SELECT sum(duration_s), count(*) FILTER (WHERE duration_s = 15) FROM interval_record"
+        )
+        # And where the time is too short for all, those that were written are counted.
+        made = writer.ask(60, timers=60, us=0)
+    assert [((60 + made["chats"]) * 15,)] == rows(database_url, "SELECT sum(duration_s) FROM interval_record")
+    assert made["chats"] < 60
+
+
+def test_a_timer_that_fails_fails_the_measurement(database_url: URL, tmp_path: Path) -> None:
+    with interval_writing(database_url, tmp_path, 5) as writer:
+        with connect(database_url) as connection:
+            connection.execute("DROP TABLE interval_user")
+        with pytest.raises(BenchmarkFailed, match='relation "interval_user" does not exist'):
+            writer.ask(60, timers=5, us=60_000_000)
