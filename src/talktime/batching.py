@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
@@ -11,6 +12,8 @@ from talktime.errors import DatabaseUnavailable, Overloaded
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+log = logging.getLogger(__name__)
 
 ITEMS_MAX = 500
 WAITING_MAX = 20_000
@@ -74,11 +77,12 @@ class Batcher(Generic[K, V]):
             answers = await self._answer(list(batch))
         except DatabaseUnavailable as error:
             _fail(batch, error)
-        except Exception as error:  # noqa: BLE001 - it is passed on to those who asked
+        except Exception as error:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
             # One of them made it fail. Each by itself, it fails that one alone.
+            log.exception("a batch of %d failed; its items go singly", len(batch))
             for item, futures in batch.items():
                 await self._serve({item: futures})
         else:

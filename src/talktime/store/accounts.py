@@ -58,7 +58,7 @@ async def lock(
     """
     bucket = bucket_of(user_id)
     driver = await driver_of(connection)
-    async with driver.pipeline():
+    async with driver.pipeline():  # in one go with its BEGIN
         locking = await send(driver, sql.LOCK_ACCOUNT, {"in_bucket": bucket, "of_user": user_id})
     accounts = await locking.fetchall()
     if not accounts:
