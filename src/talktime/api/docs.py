@@ -58,7 +58,8 @@ _MEANINGS = {
     415: "The body is not `application/json`, or not in UTF-8.",
     422: "The Idempotency-Key was used before, with another request.",
     429: "Too many requests of this caller, or too many without a good credential from its address; see `Retry-After`.",
-    503: "The database does not answer, and the outcome may be unknown: repeat the request after `Retry-After`.",
+    503: "The database does not answer, and the outcome may be unknown, or too many wait: repeat the request after "
+    "`Retry-After`.",
 }
 
 _ASSETS = {

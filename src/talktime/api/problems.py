@@ -44,6 +44,7 @@ TOO_LARGE = Kind(413, "content-too-large", "The body is too large")
 UNSUPPORTED_MEDIA_TYPE = Kind(415, "unsupported-media-type", "The body is not of a type that is taken here")
 TOO_MANY_REQUESTS = Kind(429, "too-many-requests", "Too many requests")
 UNAVAILABLE = Kind(503, "unavailable", "The database does not answer")
+OVERLOADED = Kind(503, "overloaded", "Too many requests are waiting")
 INTERNAL = Kind(500, "internal-error", "Something went wrong on our side")
 
 FORBIDDEN_DETAIL = "this caller may not do this"
@@ -59,7 +60,7 @@ DOMAIN: Mapping[type[errors.TalktimeError], Kind] = {
     errors.InsufficientBalance: Kind(409, "insufficient-balance", "The balance is too small"),
     errors.BalanceLimitExceeded: Kind(409, "balance-limit-exceeded", "The balance would be too large"),
     errors.IdempotencyKeyReused: Kind(422, "idempotency-key-reused", "The Idempotency-Key belongs to another request"),
-    errors.Overloaded: UNAVAILABLE,
+    errors.Overloaded: OVERLOADED,
     errors.DatabaseUnavailable: UNAVAILABLE,
 }
 """The one place where an error of the domain gets a status."""
@@ -188,7 +189,7 @@ def _headers_of(kind: Kind) -> dict[str, str]:
     headers = {"Cache-Control": "no-store"}
     if kind is UNAUTHORIZED:
         headers["WWW-Authenticate"] = _CHALLENGE
-    if kind in (TOO_MANY_REQUESTS, UNAVAILABLE):
+    if kind in (TOO_MANY_REQUESTS, UNAVAILABLE, OVERLOADED):
         headers["Retry-After"] = "1"
     return headers
 

@@ -65,6 +65,7 @@ from talktime.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,
     InsufficientBalance,
+    Overloaded,
     UserNotFound,
     WrongAdvisor,
 )
@@ -245,7 +246,7 @@ async def start(
     description="Renews the lease of a running clock and resumes a lapsed one. A paused or exhausted chat stays so. "
     "An abandoned or ended chat answers 409 with its reading: start it again.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, ChatNotActive, 408, 413, 429, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, ChatNotActive, 408, 413, 429, Overloaded, DatabaseUnavailable),
     opt={"user": UserMay.BEAT},
 )
 async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:
@@ -308,7 +309,7 @@ async def stop(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Reading
     description="Changes nothing and locks nothing: poll it as often as you like. An advisor may read the chats with "
     "this advisor, without `balance`, `exhausts_at` and `materialized_through`.",
     tags=["chats"],
-    responses=problems(400, 401, 403, ChatNotFound, 429, DatabaseUnavailable),
+    responses=problems(400, 401, 403, ChatNotFound, 429, Overloaded, DatabaseUnavailable),
     opt={"user": UserMay.READ, "advisor": True},
 )
 async def get_chat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> ReadingBody:

@@ -26,6 +26,8 @@ from talktime.store.embedded import embedded_postgres
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+# It warns of what its errors tell: that a connection was lost.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 ATTEMPTS = 4
 TRANSACTION_SECONDS_MAX = 10.0
