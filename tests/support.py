@@ -43,7 +43,7 @@ async def until_blocked(url: URL, count: int = 1) -> None:
         " WHERE datname = current_database() AND wait_event_type = 'Lock' AND state = 'active'"
     )
     with connect(url) as connection:
-        for _ in range(500):
+        for _ in range(3000):  # where a program has to start first, on a busy machine, it takes a while
             row = connection.execute(query).fetchone()
             if row and row[0] >= count:
                 return
