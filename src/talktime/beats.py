@@ -34,6 +34,9 @@ async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
     """Renew the leases of many chats, as so many calls of `talktime.operations.heartbeat` in this order would.
 
     Returns what became of each. A chat that comes again gets the same answer again.
+
+    Raises:
+        DatabaseUnavailable: for none of them was there an answer.
     """
     found: dict[ChatKey, Beaten] = {}
     wanted = list(dict.fromkeys(keys))
@@ -48,7 +51,9 @@ async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
             await _share(left.values(), [partial(_beat_singly, service, found)] * USERS_AT_ONCE)
     except TimeoutError:
         late = DatabaseUnavailable("there was no answer in time; repeat the heartbeat")
-        return [found.get(key, late) for key in keys]
+        found = dict.fromkeys(wanted, late) | found
+    if wanted and all(isinstance(beaten, DatabaseUnavailable) for beaten in found.values()):
+        raise DatabaseUnavailable(str(found[wanted[0]]))
     return [found[key] for key in keys]
 
 

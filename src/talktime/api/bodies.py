@@ -224,8 +224,8 @@ class BeatsBody(Struct, frozen=True, forbid_unknown_fields=True):
     beats: Annotated[list[Beat], Meta(max_length=BEATS_MAX)]
 
 
-BODIES = (AdvisorBody, CreditBody, StartBody, BeatsBody)
-"""All bodies."""
+BODIES = (AdvisorBody, CreditBody, StartBody, BeatsBody, Beat)
+"""All bodies, and what is in them."""
 
 
 class ApiRequest(Request[Any, Any, Any]):
