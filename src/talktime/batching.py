@@ -56,13 +56,25 @@ class Batcher(Generic[K, V]):
         self._askers += 1
         try:
             return await future
+        except asyncio.CancelledError:
+            self._forget(item, future)
+            raise
         finally:
             self._askers -= 1
 
     async def drain(self) -> None:
         """Wait until nobody waits."""
         while self._working is not None:
-            await self._working
+            # Not awaited itself: whoever gives up waiting here would cancel it, and with it those who wait for answers.
+            await asyncio.wait([self._working])
+
+    def _forget(self, item: K, future: asyncio.Future[V | None]) -> None:
+        """Let nothing wait for one who gave up, unless others wait for it too or it is under way."""
+        futures = self._waiting.get(item, [])
+        if future in futures:
+            futures.remove(future)
+            if not futures:
+                del self._waiting[item]
 
     async def _work(self) -> None:
         try:

@@ -27,7 +27,7 @@ Beaten: TypeAlias = Reading | Exception
 ITEMS_AT_ONCE = 500
 USERS_AT_ONCE = 8
 SECONDS_MAX = 8
-"""How long those are waited for that have to go the full way: others of the request want their answer."""
+"""How long is waited for the database: then what is there is answered, and of the rest that it is not."""
 
 
 async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
@@ -40,21 +40,26 @@ async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
     """
     found: dict[ChatKey, Beaten] = {}
     wanted = list(dict.fromkeys(keys))
-    chunks = [wanted[place : place + ITEMS_AT_ONCE] for place in range(0, len(wanted), ITEMS_AT_ONCE)]
-    await _share(chunks, [partial(_beat_chunk, service, line, found) for line in service.lines])
-    left: dict[str, list[ChatKey]] = defaultdict(list)
-    for key in wanted:
-        if key not in found:
-            left[key[0]].append(key)
+    # What is not done in time is not done at all: later it would set clocks going again whose pages are long gone.
     try:
         async with asyncio.timeout(SECONDS_MAX):
-            await _share(left.values(), [partial(_beat_singly, service, found)] * USERS_AT_ONCE)
+            await _beat_all(service, found, wanted)
     except TimeoutError:
         late = DatabaseUnavailable("there was no answer in time; repeat the heartbeat")
         found = dict.fromkeys(wanted, late) | found
     if wanted and all(isinstance(beaten, DatabaseUnavailable) for beaten in found.values()):
         raise DatabaseUnavailable(str(found[wanted[0]]))
     return [found[key] for key in keys]
+
+
+async def _beat_all(service: Service, found: dict[ChatKey, Beaten], wanted: Sequence[ChatKey]) -> None:
+    chunks = [wanted[place : place + ITEMS_AT_ONCE] for place in range(0, len(wanted), ITEMS_AT_ONCE)]
+    await _share(chunks, [partial(_beat_chunk, service, line, found) for line in service.lines])
+    left: dict[str, list[ChatKey]] = defaultdict(list)
+    for key in wanted:
+        if key not in found:
+            left[key[0]].append(key)
+    await _share(left.values(), [partial(_beat_singly, service, found)] * USERS_AT_ONCE)
 
 
 async def _share(work: Iterable[T], workers: Sequence[Callable[[T], Coroutine[Any, Any, None]]]) -> None:
