@@ -116,7 +116,9 @@ async def test_a_commit_that_takes_too_long_is_not_told_of_as_a_success(
 ) -> None:
     async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
         keys = await ten_running(service, clock, database_url)
-        monkeypatch.setattr(beats, "SECONDS_MAX", 1)
+        await beats.heartbeats(service, keys)  # opens the connections
+        clock.tick(10)
+        monkeypatch.setattr(beats, "SECONDS_MAX", 3)
         with commits_held(database_url):
             request = asyncio.create_task(beat_in_a_request(service, keys))
             await until_blocked(database_url)
@@ -244,7 +246,9 @@ async def test_what_breaks_off_in_a_lines_transaction_is_rolled_back_and_the_lin
         [outcome] = await asyncio.gather(task, return_exceptions=True)
         assert isinstance(outcome, ValueError | asyncio.CancelledError)
         with connect(database_url) as other:
-            other.execute("SELECT FROM chat FOR UPDATE")  # when the session has ended
+            # The session has ended, or is about to; a server that found it idle would end it after 20 s.
+            other.execute("SET lock_timeout = '10s'")
+            other.execute("SELECT FROM chat FOR UPDATE")
         found = await line.run(lambda connection: batches.beat_many(connection, [("u", "c")]))
         assert [("u", "c")] == list(found)
         assert clock.now == beat_at(database_url, "u")
