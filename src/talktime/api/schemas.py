@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -9,7 +10,9 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Response
-from litestar.types import Serializer
+from litestar.response.base import ASGIResponse
+from litestar.status_codes import HTTP_200_OK
+from litestar.types import Message, Receive, Scope, Send, Serializer
 from msgspec import Meta, Struct
 
 from talktime.meter.reading import AccountReading, Reading
@@ -177,6 +180,33 @@ class JsonResponse(Response[Any]):
     def render(self, content: Any, media_type: str, enc_hook: Serializer | None = None) -> bytes:  # noqa: ANN401, ARG002 - as Litestar has it
         """Write the content as JSON; what is bytes already stays as it is."""
         return content if isinstance(content, bytes) else _ENCODER.encode(content)
+
+    def to_asgi_response(self, app: Any, request: Any, **given: Any) -> ASGIResponse:  # noqa: ANN401 - as Litestar has it
+        """Return the answer as it is sent. Most have neither cookies nor work to do afterwards."""
+        if self.cookies or self.background or given.get("cookies") or given.get("background"):
+            return super().to_asgi_response(app, request, **given)
+        headers = {**(given.get("headers") or {}), **self.headers}
+        body = self.render(self.content, "")
+        return _ReadyAnswer(self.status_code or given.get("status_code") or HTTP_200_OK, self.media_type, headers, body)
+
+
+class _ReadyAnswer(ASGIResponse):
+    """Two messages, and nothing else to decide; Litestar's own takes a tenth of a reading's time."""
+
+    def __init__(self, status: int, media_type: str | None, headers: Mapping[str, str], body: bytes) -> None:
+        encoded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        encoded += [
+            (b"content-type", (media_type or "application/json").encode("latin-1")),
+            (b"content-length", b"%d" % len(body)),
+        ]
+        self._messages: tuple[Message, Message] = (
+            {"type": "http.response.start", "status": status, "headers": encoded},
+            {"type": "http.response.body", "body": body, "more_body": False},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as in ASGI
+        for message in self._messages:
+            await send(message)
 
 
 def format_instant(at: int) -> str:

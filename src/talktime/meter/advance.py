@@ -40,29 +40,7 @@ def advance(account: Account, to: int) -> Account:
     Composes: ``advance(advance(s, a), b) == advance(s, b)`` for ``a <= b``. An instant before the account's own returns
     the state as it is, so a clock that steps back never takes time back.
     """
-    if to < account.at:
-        return account
-    course = _Course(account)
-    stops = course.run(to)
-    chats = dict(account.chats)
-    journal = list(account.journal)
-    for clock, at, event in stops:
-        chats[clock.chat.chat_id], segment = halt(clock.chat_now(), at, event)
-        if segment is not None:
-            journal.append(segment)
-    for clock in course.clocks:
-        chats[clock.chat.chat_id] = clock.chat_now()
-    # Step 2, once at the end: an abandonment changes nothing for anybody else, so it is no boundary.
-    for chat_id, chat in chats.items():
-        if chat.state in RESUMABLE and chat.abandoned_at <= to:
-            chats[chat_id] = chat._replace(state=TRANSITIONS[Event.ABANDON][chat.state])
-    return account._replace(
-        at=to,
-        balance=course.balance,
-        allowances=_used(account.allowances, course.left),
-        chats=chats,
-        journal=tuple(journal),
-    )
+    return account if to < account.at else _Course(account).advanced(account, to)
 
 
 def foretell(account: Account, *, beating: bool) -> dict[str, Forecast]:
@@ -71,12 +49,26 @@ def foretell(account: Account, *, beating: bool) -> dict[str, Forecast]:
     If they are `beating`, their leases do not end; they may run on for ever.
     """
     course = _Course(account)
-    if beating:
-        for clock in course.clocks:
-            clock.lease_end = ENDLESS
-    stops = course.run(END_OF_TIME_US)
-    found = {clock.chat.chat_id: Forecast(at, clock.free_us) for clock, at, _ in stops}
-    return found | {clock.chat.chat_id: Forecast(None, clock.free_us) for clock in course.clocks}
+    return course.foretold_beating() if beating else course.foretold()
+
+
+def look_ahead(account: Account, to: int) -> tuple[Account, Mapping[str, Forecast], Mapping[str, Forecast]]:
+    """Return the state at `to`, and from there what `foretell` says: as the leases stand, and if all chats beat.
+
+    An instant before the account's own stands for that.
+    """
+    course = _Course(account)
+    view = course.advanced(account, max(to, account.at))
+    if len(course.clocks) != 1:
+        return view, foretell(view, beating=False), foretell(view, beating=True)
+    # A single clock is stopped by its lease or, as if it had none, by its credits; and free ticks come first.
+    [clock] = course.clocks
+    chat_id, lease_end = clock.chat.chat_id, clock.lease_end
+    beating = course.foretold_beating()
+    ends_at, free_us = beating[chat_id]
+    stops_at = lease_end if ends_at is None else min(ends_at, lease_end)
+    leased = Forecast(stops_at, min(free_us, stops_at - view.at))
+    return view, {chat_id: beating[chat_id] if stops_at > END_OF_TIME_US else leased}, beating
 
 
 def _used(allowances: Mapping[str, Allowance], left: Mapping[str, int]) -> dict[str, Allowance]:
@@ -89,7 +81,7 @@ def _used(allowances: Mapping[str, Allowance], left: Mapping[str, int]) -> dict[
 class _Clock:
     """A running chat while it is advanced: what its ticks add up to."""
 
-    __slots__ = ("advisor_id", "chat", "cost", "count_us", "free_us", "lease_end", "tariff")
+    __slots__ = ("advisor_id", "chat", "cost", "cost_before", "count_us", "free_us", "lease_end", "tariff")
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -97,7 +89,7 @@ class _Clock:
         self.lease_end = chat.lease_end
         self.tariff = chat.tariff
         self.count_us = chat.count_us
-        self.cost = chat.tariff.cost(chat.count_us)
+        self.cost = self.cost_before = chat.tariff.cost(chat.count_us)
         self.free_us = 0
 
     def cost_of(self, ticks: int) -> int:
@@ -118,11 +110,11 @@ class _Clock:
     def chat_now(self) -> Chat:
         """The chat with the ticks added that have passed."""
         chat = self.chat
-        return chat._replace(
+        return chat.with_totals(
             count_us=self.count_us,
             elapsed_us=chat.elapsed_us + self.free_us + self.count_us - chat.count_us,
             free_us=chat.free_us + self.free_us,
-            cost=chat.cost + self.cost - self.tariff.cost(chat.count_us),
+            cost=chat.cost + self.cost - self.cost_before,
         )
 
 
@@ -133,7 +125,7 @@ Stop: TypeAlias = tuple[_Clock, int, Event]
 class _Course:
     """What the passing of time changes in an account: its running clocks in order of seniority, free time, balance."""
 
-    __slots__ = ("at", "balance", "clocks", "left")
+    __slots__ = ("_turns", "at", "balance", "clocks", "left")
 
     def __init__(self, account: Account) -> None:
         running = [chat for chat in account.chats.values() if chat.opened_at is not None]
@@ -143,24 +135,57 @@ class _Course:
         self.left = {advisor: allowance.left_us for advisor, allowance in account.allowances.items()}
         self.balance = account.balance
         self.at = account.at
+        self._turns: _Turns | None = None
+
+    def advanced(self, account: Account, to: int) -> Account:
+        """Let time pass until the instant `to`, and return the account that this is the course of as it is then."""
+        stops = self.run(to)
+        chats = dict(account.chats)
+        journal = account.journal
+        for clock, at, event in stops:
+            chats[clock.chat.chat_id], segment = halt(clock.chat_now(), at, event)
+            if segment is not None:
+                journal = (*journal, segment)
+        for clock in self.clocks:
+            chats[clock.chat.chat_id] = clock.chat_now()
+        # Step 2, once at the end: an abandonment changes nothing for anybody else, so it is no boundary.
+        for chat_id, chat in chats.items():
+            if chat.state in RESUMABLE and chat.abandoned_at <= to:
+                chats[chat_id] = chat._replace(state=TRANSITIONS[Event.ABANDON][chat.state])
+        return Account(account.user_id, to, self.balance, _used(account.allowances, self.left), chats, journal)
+
+    def foretold_beating(self) -> dict[str, Forecast]:
+        """Let all time pass as if every clock had heartbeats for ever, and return what becomes of each."""
+        for clock in self.clocks:
+            clock.lease_end = ENDLESS
+        return self.foretold()
+
+    def foretold(self) -> dict[str, Forecast]:
+        """Let all time pass, and return what becomes of each clock."""
+        free_before = {clock.chat.chat_id: clock.free_us for clock in self.clocks}
+        ends = [(clock, at) for clock, at, _ in self.run(END_OF_TIME_US)] + [(clock, None) for clock in self.clocks]
+        return {clock.chat.chat_id: Forecast(at, clock.free_us - free_before[clock.chat.chat_id]) for clock, at in ends}
 
     def run(self, to: int) -> list[Stop]:
         """Let time pass until the instant `to`; return the clocks that stopped, in order."""
         stops: list[Stop] = []
         while self.clocks:
-            turns, stopping = self._turns()
-            stops += stopping
+            turns = self._turns or self._take_turns(stops)
             if self.at == to or not self.clocks:
+                self._turns = turns  # they hold when time goes on from here
                 break
+            self._turns = None
             self._pass_time(to, turns)
         self.at = to
         return stops
 
-    def _turns(self) -> tuple[_Turns, list[Stop]]:
+    def _take_turns(self, stops: list[Stop]) -> _Turns:
         """Steps 1, 3 and 4 at this instant, and stop those that cannot have the next tick; nothing is taken yet."""
         at, left, balance = self.at, self.left, self.balance
         turns = _Turns()
-        running, lapsed, unable = [], [], []
+        running: list[_Clock] = []
+        lapsed: list[Stop] = []
+        unable: list[Stop] = []
         # In order of seniority, and whoever stops takes nothing from those behind; so the three steps are one pass.
         for clock in self.clocks:
             if clock.lease_end <= at:
@@ -179,11 +204,16 @@ class _Course:
                 turns.paid.append(clock)
             running.append(clock)
         self.clocks = running
-        return turns, lapsed + unable
+        stops += lapsed
+        stops += unable
+        return turns
 
     def _pass_time(self, to: int, turns: _Turns) -> None:
         """Let those ticks pass, up to `to`, for which the turns stay as they are."""
-        ticks = min(to, *(clock.lease_end for clock in self.clocks)) - self.at
+        until = to
+        for clock in self.clocks:
+            until = min(until, clock.lease_end)
+        ticks = until - self.at
         for advisor_id, sharing in turns.sharers.items():
             # Too few ticks left for all who share: the seniors have them, in a stretch of a single tick.
             ticks = min(ticks, self.left[advisor_id] // sharing)
@@ -211,8 +241,10 @@ class _Turns:
 
 def _payable(paid: list[_Clock], ticks: int, balance: int) -> int:
     """Return how many of the next `ticks` the balance can pay for all these clocks."""
+    if len(paid) == 1:
+        return min(ticks, paid[0].ticks_within(balance))
     most = min(ticks, *(clock.ticks_within(balance) for clock in paid))
-    if len(paid) == 1 or _total(paid, most) <= balance:
+    if _total(paid, most) <= balance:
         return most
     # What an equal share can pay for each of them, all can pay together.
     least = min(clock.ticks_within(balance // len(paid)) for clock in paid)

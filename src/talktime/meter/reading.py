@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from talktime.errors import ChatNotFound
-from talktime.meter.advance import Forecast, advance, foretell
+from talktime.meter.advance import Forecast, advance, look_ahead
 from talktime.meter.state import Account, ChatState, StopReason, Tariff
 from talktime.meter.units import END_OF_TIME_US
 
@@ -114,8 +114,7 @@ def read(account: Account, chat_id: str, now: int) -> Reading:
 
 def read_many(account: Account, chat_ids: Iterable[str], now: int) -> list[Reading]:
     """Return the readings of several chats of one account, at one instant."""
-    view = advance(account, max(now, account.at))
-    forecasts = foretell(view, beating=False), foretell(view, beating=True)
+    view, *forecasts = look_ahead(account, now)
     return [_read_one(view, chat_id, forecasts, now, account.at) for chat_id in chat_ids]
 
 
@@ -139,7 +138,7 @@ def read_account(account: Account, now: int) -> AccountReading:
 def _read_one(
     view: Account,
     chat_id: str,
-    forecasts: tuple[Mapping[str, Forecast], Mapping[str, Forecast]],
+    forecasts: Iterable[Mapping[str, Forecast]],
     now: int,
     materialized_through: int,
 ) -> Reading:

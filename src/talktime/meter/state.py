@@ -206,6 +206,10 @@ class Chat(NamedTuple):
     free_us: int = 0
     cost: int = 0
 
+    def with_totals(self, *, count_us: int, elapsed_us: int, free_us: int, cost: int) -> Chat:
+        """Return the chat with these totals: they are its last fields, so all others are one slice."""
+        return Chat(*self[:-4], count_us, elapsed_us, free_us, cost)
+
     @property
     def accrued(self) -> int:
         """Micro-credits that the open segment has cost so far; 0 where none is open."""
