@@ -18,6 +18,7 @@ from talktime.api.auth import Gate
 from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
 from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
 from talktime.api.headers import complete_answer
+from talktime.api.hot import HotRoutes
 from talktime.api.keyring import KeyRing
 from talktime.api.limits import Limits
 from talktime.api.metrics import Meters, MetricsConfig
@@ -103,6 +104,7 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
         pdb_on_exception=False,
         **_cors(settings.cors_origins),
     )
+    app.asgi_handler = HotRoutes(app, metrics.meters)
     return app
 
 

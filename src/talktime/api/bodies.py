@@ -266,13 +266,13 @@ async def check_no_body(request: Request[Any, Any, Any]) -> None:
     Raises:
         Refusal: there is one.
     """
-    if _says_no_body(request.scope["headers"]):
+    if says_no_body(request.scope["headers"]):
         return
     if (await request.body()).strip() not in (b"", b"{}"):
         raise refuse_input(Fault("no body is taken here", pointer=""))
 
 
-def _says_no_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def says_no_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     """Tell whether the head of a request says that nothing follows it; to wait for what follows takes longer."""
     return not any(
         name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers

@@ -11,6 +11,7 @@ from litestar.datastructures import CacheControlHeader
 from talktime.api import routes
 from talktime.api.auth import SECURITY_SCHEME, Gate
 from talktime.api.bodies import check_no_body
+from talktime.api.hot import raise_if_failed
 from talktime.api.params import check_request
 from talktime.api.schemas import JsonResponse
 
@@ -42,6 +43,7 @@ def v1_router(gate: Gate) -> Router:
     # Not a guard: Litestar copies the whole handler for each guard, a sixth of the time that a reading takes here. A
     # handler with a `before_request` of its own would go past the gate; a test asks each route for its 401.
     async def enter(request: Request[Any, Any, Any]) -> Response[None] | None:
+        raise_if_failed(request.scope)
         await gate.admit(request)
         check_request(request)
         if request.method == "OPTIONS":
