@@ -48,7 +48,7 @@ class HotRoutes:
     """An application that serves the hot routes of another one, and leaves to that one what it does not serve."""
 
     def __init__(self, app: Litestar, meters: Meters) -> None:
-        self._framework = app.asgi_handler
+        self.framework = app.asgi_handler
         self._meters = meters
         routes = {route.path_format: route for route in app.routes if isinstance(route, HTTPRoute)}
         self._hot = {(method, ending): _hot(routes[template], method) for method, ending, template in _ROUTES}
@@ -61,7 +61,7 @@ class HotRoutes:
             if match and hot:
                 await self._serve(hot, {"user_id": match[1], "chat_id": match[2]}, scope, receive, send)
                 return
-        await self._framework(scope, receive, send)
+        await self.framework(scope, receive, send)
 
     async def _serve(self, hot: _Hot, ids: dict[str, str], scope: HTTPScope, receive: Receive, send: Send) -> None:
         began = perf_counter()
@@ -78,7 +78,7 @@ class HotRoutes:
         finally:
             self._meters.in_progress.dec()
         if _FAILED in scope["state"]:
-            await self._framework(scope, receive, send)
+            await self.framework(scope, receive, send)
             return
         try:
             await ReadyAnswer(hot.handler.status_code, None, hot.headers, encoded(content))(scope, receive, send)
