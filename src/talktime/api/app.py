@@ -17,7 +17,6 @@ from talktime import operations
 from talktime.api.auth import Gate
 from talktime.api.bodies import BODY_BYTES_MAX, ApiRequest
 from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
-from talktime.api.headers import complete_answer
 from talktime.api.hot import HotRoutes
 from talktime.api.keyring import KeyRing
 from talktime.api.limits import Limits
@@ -86,7 +85,6 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
         lifespan=[lifespan],
         state=State({"gate": gate, "heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
         middleware=[metrics.middleware],
-        before_send=[complete_answer],
         request_class=ApiRequest,
         request_max_body_size=BODY_BYTES_MAX,
         exception_handlers={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from litestar.types import Message, Scope
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 PAGE_HEADERS: Mapping[str, str] = MappingProxyType(
     {
@@ -40,8 +40,21 @@ def complete(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return lacking
 
 
-async def complete_answer(message: Message, _: Scope) -> None:
-    """Add to an answer the headers that it lacks: of every route, also where there is none."""
-    if message["type"] == "http.response.start":
-        headers = list(message.get("headers", ()))
-        message["headers"] = [*headers, *complete(headers)]
+def completing(app: ASGIApp) -> ASGIApp:
+    """Return an application whose answers, those of no route too, have the headers that this one's lack."""
+
+    async def completed(scope: Scope, receive: Receive, send: Send) -> None:
+        async def say(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                message["headers"] = [*headers, *complete(headers)]
+            await send(message)
+
+        await app(scope, receive, say)
+
+    return completed
+
+
+def encode_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers as ASGI has them."""
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

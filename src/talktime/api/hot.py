@@ -9,7 +9,7 @@ reading: what is raised here is raised again there, and its exception handlers a
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -18,7 +18,8 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.routes import HTTPRoute
 
 from talktime.api.bodies import ApiRequest, says_no_body
-from talktime.api.schemas import ReadyAnswer, encoded
+from talktime.api.headers import complete, completing, encode_headers
+from talktime.api.schemas import JSON, ReadyAnswer, encoded
 
 if TYPE_CHECKING:
     from litestar import Litestar
@@ -41,14 +42,14 @@ class _Hot(NamedTuple):
     handler: HTTPRouteHandler
     enter: Callable[[ApiRequest], Awaitable[object]]
     template: str
-    headers: Mapping[str, str]
+    headers: list[tuple[bytes, bytes]]
 
 
 class HotRoutes:
     """An application that serves the hot routes of another one, and leaves to that one what it does not serve."""
 
     def __init__(self, app: Litestar, meters: Meters) -> None:
-        self.framework = app.asgi_handler
+        self.framework = completing(app.asgi_handler)
         self._meters = meters
         routes = {route.path_format: route for route in app.routes if isinstance(route, HTTPRoute)}
         self._hot = {(method, ending): _hot(routes[template], method) for method, ending, template in _ROUTES}
@@ -69,19 +70,19 @@ class HotRoutes:
         scope["route_handler"] = hot.handler
         scope["path_template"] = hot.template
         request = ApiRequest(scope, receive, send)
-        self._meters.in_progress.inc()
+        self._meters.in_progress += 1
         try:
             await hot.enter(request)
             content = await hot.handler.fn(request, **ids)
         except Exception as error:  # noqa: BLE001 - it is raised again where all errors are answered
             scope["state"][_FAILED] = error
         finally:
-            self._meters.in_progress.dec()
+            self._meters.in_progress -= 1
         if _FAILED in scope["state"]:
             await self.framework(scope, receive, send)
             return
         try:
-            await ReadyAnswer(hot.handler.status_code, None, hot.headers, encoded(content))(scope, receive, send)
+            await ReadyAnswer(hot.handler.status_code, hot.headers, encoded(content))(scope, receive, send)
         finally:
             self._meters.observe(scope["method"], hot.template, hot.handler.status_code, perf_counter() - began)
 
@@ -95,7 +96,9 @@ def raise_if_failed(scope: Scope) -> None:
 
 def _hot(route: HTTPRoute, method: str) -> _Hot:
     handler = route.route_handler_map[cast("Any", method)][0]
-    headers = {header.name: str(header.value) for header in handler.resolve_response_headers()}
+    named = {header.name: str(header.value) for header in handler.resolve_response_headers()}
+    headers = encode_headers({"Content-Type": JSON, **named})
+    headers += complete(headers)
     return _Hot(handler, cast("Any", handler.resolve_before_request()), route.path_format, headers)
 
 

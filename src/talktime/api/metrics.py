@@ -28,7 +28,9 @@ class Meters:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.in_progress = Gauge(f"{_PREFIX}_requests_in_progress", "Requests being served now", registry=self.registry)
+        self.in_progress = 0  # of one event loop's requests, so a number will do
+        being_served = Gauge(f"{_PREFIX}_requests_in_progress", "Requests being served now", registry=self.registry)
+        being_served.set_function(lambda: self.in_progress)
         self._requests = Counter(f"{_PREFIX}_requests", "Requests served", _LABELS, registry=self.registry)
         self._seconds = Histogram(
             f"{_PREFIX}_request_duration_seconds",
@@ -68,11 +70,11 @@ class MetricsMiddleware(PrometheusMiddleware):
                 status = message["status"]
             await send(message)
 
-        self._meters.in_progress.inc()
+        self._meters.in_progress += 1
         try:
             await self.app(scope, receive, watch)
         finally:
-            self._meters.in_progress.dec()
+            self._meters.in_progress -= 1
             if scope["type"] == ScopeType.HTTP:
                 self._meters.observe(scope["method"], scope["path_template"], status, perf_counter() - began)
 
