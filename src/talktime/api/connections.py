@@ -13,13 +13,13 @@ import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
-import h11
 import uvicorn
 from litestar.enums import ScopeType
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from talktime.api.problems import INVALID_INPUT, UNAVAILABLE, RawProblem, raw_problem
+from talktime.api.framing import OneAtATime
+from talktime.api.problems import UNAVAILABLE, RawProblem, raw_problem
 
 HEAD_SECONDS_MAX = 10
 """From the first byte of a request, or from the beginning of the connection, to the end of its headers."""
@@ -76,7 +76,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class Connection(H11Protocol):
+class Connection(OneAtATime):
     """A connection that is not held for ever, whatever the client does or leaves undone."""
 
     _busy_with: tuple[str, RequestResponseCycle | None] | None = None
@@ -105,8 +105,8 @@ class Connection(H11Protocol):
 
     def _activity(self) -> tuple[str, RequestResponseCycle | None] | None:
         """Return what the connection is busy with, and for which request; None if it is idle, which uvicorn bounds."""
-        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn says
-        is_sending = self.conn.their_state is h11.SEND_BODY or self.transport.get_write_buffer_size() > 0
+        cycle = self.cycle
+        is_sending = self.is_in_body or self.transport.get_write_buffer_size() > 0
         if cycle is not None and (is_sending or not cycle.response_complete):
             return "exchange", cycle
         if self.timeout_keep_alive_task is not None:
@@ -117,21 +117,6 @@ class Connection(H11Protocol):
         if activity == "exchange":
             return EXCHANGE_SECONDS_MAX
         return _SURPLUS_SECONDS_MAX if self._is_surplus else HEAD_SECONDS_MAX
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - as in uvicorn
-        """Answer what is not HTTP, and close."""
-        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever uvicorn says
-        if cycle is not None and not cycle.response_complete:
-            # It broke off in the middle of its body: whoever waits for the rest is told that the client is gone.
-            cycle.disconnected = True
-            cycle.message_event.set()
-        answer = raw_problem(INVALID_INPUT, "this is not an HTTP/1.1 request", {"connection": "close"})
-        events = (h11.Response(status_code=answer.status, headers=answer.headers), h11.Data(answer.body))
-        # There is nothing to say where an answer has begun already.
-        with contextlib.suppress(h11.LocalProtocolError):
-            for event in (*events, h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
 
 
 # --- answers in time --------------------------------------------------------------------------------------------------
