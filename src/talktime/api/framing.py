@@ -7,6 +7,8 @@ server could come to different ends of a request, somebody could hide a request 
 
 from __future__ import annotations
 
+import re
+
 import httptools
 from httptools import HttpParserError
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -16,6 +18,7 @@ from talktime.api.problems import INVALID_INPUT, raw_problem
 HEAD_BYTES_MAX = 64 * 1024
 """The request line and the headers together; and what else a client may send that is no body, in one go."""
 _EMPTY_LINE = b"\n\r\n"
+_UPGRADE = re.compile(rb"(?<=\r\n)upgrade:[^\r\n]*\r\n", re.IGNORECASE)
 _VERSIONS = ("1.1", "1.0")
 
 
@@ -30,7 +33,7 @@ class OneAtATime(HttpToolsProtocol):
         self.is_in_body = False
         self._unread = bytearray()
         self._body_bytes_left = 0  # of a body whose length was given
-        self._bare_bytes = 0  # how many came since the last that were a body, or since the last request
+        self._bare = bytearray()  # what came since the last that was a body, or since the last request
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -62,35 +65,33 @@ class OneAtATime(HttpToolsProtocol):
     def _next_part(self) -> bytes:
         """Return what the parser may have next: a request can end where it does, but not before."""
         unread = self._unread
-        if self.is_in_body and self._body_bytes_left:
+        if self.is_in_body and self._body_bytes_left > 0:
             size = self._body_bytes_left
         elif (found := unread.find(_EMPTY_LINE)) >= 0:
             size = found + len(_EMPTY_LINE)
         else:
-            # What may be the beginning of an empty line waits for its rest.
-            size = len(unread) - (2 if unread.endswith(b"\n\r") else unread.endswith(b"\n"))
+            size = len(unread) - _waiting(unread)
         part = bytes(unread[:size])
         del unread[:size]
         return part
 
     def _parse(self, part: bytes) -> None:
-        self._bare_bytes += len(part)
-        if not self.is_in_body and self._bare_bytes > HEAD_BYTES_MAX:
+        self._bare += part
+        if not self.is_in_body and len(self._bare) > HEAD_BYTES_MAX:
             raise HttpParserError
         try:
             self.parser.feed_data(part)
         except httptools.HttpParserUpgrade:
             self._parse_without_upgrade()
-        if self.is_in_body and self._bare_bytes > HEAD_BYTES_MAX:
+        if self.is_in_body and len(self._bare) > HEAD_BYTES_MAX:
             raise HttpParserError
 
     def _parse_without_upgrade(self) -> None:
         """Parse the head once more as if no upgrade had been asked for: none is offered, and there may be a body."""
-        method = self.parser.get_method()
-        kept = b"".join(b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        head = _UPGRADE.sub(b"", self._bare)
         self.parser = httptools.HttpRequestParser(self)
         try:
-            self.parser.feed_data(b"%b %b HTTP/1.1\r\n%b\r\n" % (method, self.url, kept))
+            self.parser.feed_data(head)
         except httptools.HttpParserUpgrade as error:  # CONNECT
             raise HttpParserError from error
 
@@ -106,25 +107,28 @@ class OneAtATime(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         version = self.parser.get_http_version()
-        if not _is_plain(version, self.headers) or not _is_target(self.url):
+        line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version.encode())
+        if not (
+            self._bare.lstrip(b"\r\n").startswith(line) and _is_plain(version, self.headers) and _is_target(self.url)
+        ):
             raise HttpParserError
         self.expect_100_continue &= version == "1.1"
         super().on_headers_complete()
         self.is_in_body = True
         self._body_bytes_left = int(dict(self.headers).get(b"content-length", 0))
-        self._bare_bytes = 0
+        self._bare.clear()
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self._body_bytes_left -= len(body)
-        self._bare_bytes = 0
+        self._bare.clear()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Take the request as complete, unless it was not even begun."""
         if self.is_in_body:
             self.is_in_body = False
-            self._bare_bytes = 0
+            self._bare.clear()
             super().on_message_complete()
 
     # --- what is no request -------------------------------------------------------------------------------------------
@@ -143,6 +147,13 @@ class OneAtATime(HttpToolsProtocol):
             lines = b"".join(b"%b: %b\r\n" % header for header in answer.headers)
             self.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[answer.status], lines, answer.body))
         self.transport.close()
+
+
+def _waiting(unread: bytearray) -> int:
+    """Return how many of the last bytes may be the beginning of an empty line, and wait for its rest."""
+    if unread.endswith(b"\n\r"):
+        return 2
+    return unread.endswith(b"\n") and not unread.endswith(b"\n\n")
 
 
 def _is_plain(version: str, headers: list[tuple[bytes, bytes]]) -> bool:
