@@ -53,7 +53,8 @@ class Server(uvicorn.Server):
     """Serves an application within the limits above. Signals are left alone; `listens` is set once it does."""
 
     def __init__(self, app: Any, *, connections_max: int) -> None:  # noqa: ANN401 - as above
-        super().__init__(_Config(_Timely(app), connections_max))
+        self._timely = _Timely(app)
+        super().__init__(_Config(self._timely, connections_max))
         self.listens = asyncio.Event()
 
     @contextlib.contextmanager
@@ -68,9 +69,10 @@ class Server(uvicorn.Server):
             self.listens.set()
 
     async def on_tick(self, counter: int) -> bool:
-        """Cut what takes too long, once a second; return whether to end."""
+        """Look for what takes too long, once a second; return whether to end."""
         if counter % _TICKS_PER_SECOND == 0:
             now = asyncio.get_running_loop().time()
+            self._timely.give_up_late(now)
             for connection in list(self.server_state.connections):
                 cast("Connection", connection).cut_if_overdue(now)
         return await super().on_tick(counter)
@@ -127,12 +129,23 @@ class _Timely:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._exchanges: set[_Exchange] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == ScopeType.HTTP:
-            await _Exchange(receive, send).run(self._app, scope)
-        else:
+        if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(receive, send)
+        self._exchanges.add(exchange)
+        try:
+            await exchange.run(self._app, scope)
+        finally:
+            self._exchanges.discard(exchange)
+
+    def give_up_late(self, now: float) -> None:
+        """Tell those who have waited for too long that there is no answer."""
+        for exchange in self._exchanges:
+            exchange.give_up_if_late(now)
 
 
 class _Exchange:
@@ -140,8 +153,7 @@ class _Exchange:
         self._receive = receive
         self._send = send
         self._loop = asyncio.get_running_loop()
-        self._due = self._loop.time() + ANSWER_SECONDS_MAX
-        self._timer = self._loop.call_at(self._due, self._look)
+        self._waits_since = self._loop.time()
         self._is_answered = False
         self._giving_up: asyncio.Task[None] | None = None
 
@@ -158,14 +170,13 @@ class _Exchange:
             answer = raw_problem(UNAVAILABLE, "the service is ending; repeat the request", {"connection": "close"})
             await _say(answer, self._send)
         finally:
-            self._timer.cancel()
             if self._giving_up is not None:
                 await self._giving_up
 
     async def _hear(self) -> Any:  # noqa: ANN401 - Litestar's union of messages
         message = await self._receive()
         # The time that a body takes is the client's.
-        self._due = self._loop.time() + ANSWER_SECONDS_MAX
+        self._waits_since = self._loop.time()
         return message
 
     async def _say(self, message: Message) -> None:
@@ -173,11 +184,8 @@ class _Exchange:
             self._is_answered = True
             await self._send(message)
 
-    def _look(self) -> None:
-        if self._is_answered:
-            return
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look)
+    def give_up_if_late(self, now: float) -> None:
+        if self._is_answered or now - self._waits_since < ANSWER_SECONDS_MAX:
             return
         # The request is not cancelled: what it waits for has limits of its own, and is better left to end by itself.
         self._is_answered = True

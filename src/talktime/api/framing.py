@@ -157,9 +157,9 @@ def _waiting(unread: bytearray) -> int:
 
 
 def _is_plain(version: str, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Return whether it is clear what protocol this is, for which host, and how the body ends."""
+    """Return whether it is clear for which host this is, and how its body ends."""
     names = [name for name, _ in headers]
-    if version not in _VERSIONS or names.count(b"host") > 1 or (version == "1.1" and b"host" not in names):
+    if names.count(b"host") > 1 or (version == "1.1" and b"host" not in names):
         return False
     encodings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     return not encodings or (encodings == [b"chunked"] and version == "1.1")
