@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
 from httpx import AsyncClient
@@ -18,63 +16,15 @@ from talktime.api import bodies, connections
 from talktime.store import database
 from talktime.web import pages
 from tests.api.conftest import CLOSED_PORT
-from tests.api.requests import CHAT, KEY, Json, problem_of
+from tests.api.requests import CHAT, KEY, problem_of
 from tests.api.server import serving
 from tests.api.test_outage import Proxy
+from tests.api.wire import LIVE, PATIENCE_S, wire
 
 AUTH = f"authorization: bearer {KEY}\r\n"
 HEAD = f"POST {CHAT}/start HTTP/1.1\r\nhost: x\r\n{AUTH}content-type: application/json\r\n"
 LENGTH = "content-length: 1000\r\n"
-LIVE = "GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
-PATIENCE_S = 20
 CLOSED_PORT_URL = make_url(CLOSED_PORT)
-
-
-@dataclass
-class Wire:
-    """A connection on which a test says what it likes."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-    def say(self, text: str) -> None:
-        self.writer.write(text.encode("latin-1"))
-
-    async def answer(self) -> tuple[int, dict[str, str], bytes]:
-        async with asyncio.timeout(PATIENCE_S):
-            head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            status, *lines = head.rstrip().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            return int(status.split()[1]), headers, await self.reader.readexactly(int(headers["content-length"]))
-
-    async def problem(self, status: int, code: str) -> Json:
-        found, headers, body = await self.answer()
-        assert (status, "application/problem+json", "no-store", "nosniff") == (
-            found,
-            headers["content-type"],
-            headers["cache-control"],
-            headers["x-content-type-options"],
-        )
-        problem = json.loads(body)
-        assert (code, status) == (problem["code"], problem["status"])
-        return {**problem, "headers": headers}
-
-    async def is_closed(self) -> bool:
-        async with asyncio.timeout(PATIENCE_S):
-            with contextlib.suppress(ConnectionError):
-                assert b"" == await self.reader.read()
-            return True
-
-
-@contextlib.asynccontextmanager
-async def wire(client: AsyncClient) -> AsyncIterator[Wire]:
-    port = client.base_url.port
-    assert port
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        yield Wire(reader, writer)
-    finally:
-        writer.transport.abort()
 
 
 @pytest.fixture
@@ -181,42 +131,6 @@ async def test_a_client_that_does_not_take_its_answer_is_cut_off(
     async with wire(client) as fast:
         fast.say("GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
         assert 50_000_000 == len((await fast.answer())[2])
-
-
-# --- broken requests --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        "nonsense\r\n\r\n",
-        "GET /livez HTTP/1.1\r\n\r\n",  # no host
-        f"GET /livez HTTP/1.1\r\nhost: x\r\nx: {'x' * 70_000}",
-        "GET /livez HTTP/1.1\r\nhost: x\r\n" + 20_000 * "y: z\r\n",
-        "GET /livez\r\nhost x\r\n\r\n",
-        "POST /livez HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n",
-    ],
-)
-async def test_what_is_not_http_is_a_problem_that_tells_nothing_of_the_server(client: AsyncClient, said: str) -> None:
-    async with wire(client) as broken:
-        broken.say(said)
-        problem = await broken.problem(400, "invalid-input")
-        assert "this is not an HTTP/1.1 request" == problem["detail"]
-        assert "server" not in problem["headers"]
-        assert await broken.is_closed()
-
-
-async def test_a_body_that_breaks_off_in_nonsense_is_refused_without_a_word_in_the_log(
-    client: AsyncClient, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with wire(client) as broken:
-        broken.say(f"{HEAD}transfer-encoding: chunked\r\n\r\n5\r\n{{")
-        await asyncio.sleep(0.3)
-        broken.say("xxxxxxxxxxxxxxxxxxxxxxxxx")
-        await broken.problem(400, "invalid-input")
-        assert await broken.is_closed()
-    await asyncio.sleep(0.1)
-    assert [] == [record for record in caplog.records if record.exc_info]
 
 
 # --- many clients -----------------------------------------------------------------------------------------------------

@@ -108,9 +108,8 @@ class OneAtATime(HttpToolsProtocol):
             return
         version = self.parser.get_http_version()
         line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version.encode())
-        if not (
-            self._bare.lstrip(b"\r\n").startswith(line) and _is_plain(version, self.headers) and _is_target(self.url)
-        ):
+        is_http = version in _VERSIONS and self._bare.lstrip(b"\r\n").startswith(line)
+        if not (is_http and _is_target(self.url) and _is_plain(version, self.headers)):
             raise HttpParserError
         self.expect_100_continue &= version == "1.1"
         super().on_headers_complete()
