@@ -246,6 +246,16 @@ async def test_a_body_ends_where_it_ends_however_it_is_cut(client: AsyncClient, 
             assert await is_next(one)
 
 
+async def test_nothing_is_taken_after_a_trailer_that_closes_the_connection(client: AsyncClient, echo: Echo) -> None:
+    async with wire(client) as one:
+        one.say(posting(CHUNKED, "3\r\nabc\r\n0\r\nconnection: close\r\n\r\n"))
+        assert "abc" == (await said_back(one))["body"]
+        echo.heard.clear()
+        one.say(NEXT)
+        assert await is_refused(one)
+    assert [] == echo.heard
+
+
 async def test_empty_lines_in_a_body_are_its_own(client: AsyncClient) -> None:
     lines = 1000 * "\r\n\r\n" + "\n\r"
     async with wire(client) as one:
@@ -278,6 +288,16 @@ async def test_the_head_has_a_limit_whether_it_comes_at_once_or_in_parts(client:
                 if said is largest:
                     assert "x" == (await said_back(one))["headers"][1][0]
             assert await is_refused(one)
+
+
+async def test_a_large_head_leaves_room_for_chunks(client: AsyncClient) -> None:
+    said = posting(f"{CHUNKED}x: {'x' * HEAD_BYTES_MAX}\r\n")
+    async with wire(client) as one:
+        one.say(said.replace("x" * (len(said) - HEAD_BYTES_MAX), "", 1))
+        for part in ("3\r\n", "abc\r\n", "0\r\n\r\n"):
+            await asyncio.sleep(0.05)
+            one.say(part)
+        assert "abc" == (await said_back(one))["body"]
 
 
 async def test_a_target_that_is_too_long_is_refused(client: AsyncClient) -> None:

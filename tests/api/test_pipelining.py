@@ -83,7 +83,7 @@ async def test_a_client_that_sends_on_and_on_is_stopped_until_it_is_answered(cli
 
 async def test_requests_behind_one_that_closes_the_connection_are_not_begun(client: AsyncClient, echo: Echo) -> None:
     async with wire(client) as one:
-        one.say(asking("last", "connection: close\r\n") + asking("behind"))
+        one.say(asking("last", "connection: close\r\n") + WAITING)
         assert "last" == await query_of(one)
         assert await one.is_closed()
     assert ["GET last"] == echo.heard
@@ -91,7 +91,7 @@ async def test_requests_behind_one_that_closes_the_connection_are_not_begun(clie
 
 async def test_requests_of_a_client_that_left_are_not_begun(client: AsyncClient, echo: Echo) -> None:
     async with wire(client) as gone:
-        gone.say(WAITING + asking("behind"))
+        gone.say(WAITING + WAITING)
         await asyncio.sleep(0.3)
     await asyncio.sleep(0.3)
     echo.goes_on.set()
@@ -133,7 +133,7 @@ async def test_when_the_service_ends_what_was_begun_is_answered_and_what_is_behi
     async with contextlib.AsyncExitStack() as stack:
         async with serving(make_url(CLOSED_PORT), pages=echo.pages()) as client:
             one = await stack.enter_async_context(wire(client))
-            one.say(WAITING + asking("behind"))
+            one.say(WAITING + WAITING)
             await asyncio.sleep(0.3)
             asyncio.get_running_loop().call_later(0.5, echo.goes_on.set)
         status, headers, body = await one.answer()

@@ -22,7 +22,7 @@ _PACKAGES = (
     "litestar",
     "msgspec",
     "uvicorn",
-    "h11",
+    "httptools",
     "pyjwt",
     "prometheus-client",
     "sqlalchemy",

@@ -133,13 +133,8 @@ class OneAtATime(HttpToolsProtocol):
     # --- what is no request -------------------------------------------------------------------------------------------
 
     def _refuse(self) -> None:
-        """Answer what is not HTTP, and close."""
-        self._unread.clear()
+        """Answer what is not HTTP, and close: who waits for the rest of a body is then told that the client is gone."""
         cycle = self.cycle if self.is_in_body else None
-        if cycle is not None and not cycle.response_complete:
-            # It broke off in the middle of its body: whoever waits for the rest is told that the client is gone.
-            cycle.disconnected = True
-            cycle.message_event.set()
         # There is nothing to say where an answer has begun already.
         if cycle is None or not cycle.response_started:
             answer = raw_problem(INVALID_INPUT, "this is not an HTTP/1.1 request", {"connection": "close"})
