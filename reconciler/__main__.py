@@ -20,7 +20,7 @@ from reconciler.audit import Audit, audit
 from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep_and_record
 from talktime.errors import DatabaseUnavailable, SettingError
 from talktime.logs import make_logs_discreet
-from talktime.process import run_until_signalled
+from talktime.process import run_until_signalled, settle
 from talktime.settings import home_folder, load_settings
 from talktime.store.database import Database, provide_database
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with provide_database(settings.database_url, options.home or settings.home) as url:
+            settle()
             return run_until_signalled(lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

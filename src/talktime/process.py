@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -10,6 +11,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+def settle() -> None:
+    """Keep what was loaded for good, all that there is so far, out of the garbage collector's rounds."""
+    gc.collect()
+    gc.freeze()
 
 
 def run_until_signalled(main: Callable[[asyncio.Event], Coroutine[Any, Any, T]]) -> T:

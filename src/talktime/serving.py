@@ -21,7 +21,7 @@ from talktime.errors import DatabaseUnavailable, EmbeddedDatabaseError, KeyNameT
 from talktime.keys import active_keys, new_key
 from talktime.logs import make_logs_discreet
 from talktime.operations import Service
-from talktime.process import run_until_signalled
+from talktime.process import run_until_signalled, settle
 from talktime.settings import Settings
 from talktime.store.database import Database, provide_database
 from talktime.store.embedded import revive_postgres
@@ -133,6 +133,7 @@ async def _run(plan: _Plan, stop: asyncio.Event) -> None:
     app = create_app(settings, lambda: database, pages=pages(plan.demo))
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send
     make_logs_discreet()
+    settle()
     server = Server(app, connections_max=_room_for(settings.connections_max))
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[plan.listener]))
