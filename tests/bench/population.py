@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import psycopg
 from psycopg import sql
-from psycopg.errors import InsufficientPrivilege
 from sqlalchemy.engine import URL
 
 from talktime.store.tables import bucket_of
+from tests.bench.database import settle
 from tests.database import connect
 
 RATE = 60_000_000
@@ -153,9 +153,7 @@ def populate(url: URL, users: int, *, old_chats: int = 0, segments_each: int = 1
                 if old_chats or name not in _OF_OLD_CHATS:
                     connection.execute(statement, values)
             connection.execute("DROP TABLE bench_user")
-        connection.execute("VACUUM (FREEZE, ANALYZE)")
-        with contextlib.suppress(InsufficientPrivilege):
-            connection.execute("CHECKPOINT")  # so that none of what was written here is still to be done later
+        settle(connection)
     return Population(url, users)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL
 
 from tests.bench.__main__ import main
 from tests.bench.crowd import crowd
+from tests.bench.database import operators_settings, running_server
 from tests.bench.pgbench import PgBench, parse
 from tests.bench.population import populate
 from tests.bench.programs import BenchmarkFailed, halted, memory_bytes, module, started
@@ -56,6 +57,38 @@ def test_a_part_that_does_not_exist_is_bad_use(capsys: pytest.CaptureFixture[str
         main(["reading"])
     assert 2 == ended.value.code
     assert "there is no part 'reading', only readings, heartbeats" in capsys.readouterr().err
+
+
+# --- the database -----------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_server_is_set_for_the_load_of_a_benchmark(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TALKTIME_DATABASE_URL", raising=False)
+    with running_server(tmp_path / "home") as server:
+        about = server.about()
+    assert ("embedded", "on", "on") == (about["server"], about["fsync"], about["synchronous_commit"])
+    assert ("8GB", "15min") == (about["max_wal_size"], about["checkpoint_timeout"])
+    assert "128MB" != about["shared_buffers"]
+
+
+@pytest.mark.parametrize(("memory_gb", "buffers"), [(2, "512MB"), (16, "4096MB"), (64, "4096MB")])
+def test_buffers_are_a_quarter_of_the_memory_up_to_a_limit(memory_gb: int, buffers: str) -> None:
+    assert buffers == operators_settings(memory_gb << 30)["shared_buffers"]
+
+
+def test_the_settings_of_a_given_server_are_left_alone(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TALKTIME_DATABASE_URL", written(databases.server))
+    with running_server(tmp_path / "home") as server:
+        about = server.about()
+    assert "given" == about["server"]
+    row = databases.admin.execute("SHOW max_wal_size").fetchone()
+    assert (about["max_wal_size"],) == row
+    assert "8GB" != about["max_wal_size"]
+    assert not (tmp_path / "home").exists()
 
 
 # --- servers under load -----------------------------------------------------------------------------------------------
