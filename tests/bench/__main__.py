@@ -2,8 +2,9 @@
 
 Uses the PostgreSQL of TALKTIME_DATABASE_URL as it is set, in databases of its own that are dropped again, else an
 embedded one, set for such a load: a quarter of the memory for its buffers, up to 4 GB, and 8 GB of log between
-checkpoints (PostgreSQL's defaults, which `talktime up` has, are 128 MB and 1 GB). Prints a table, and writes a JSON file with the raw numbers of every round. Other work on
-the machine slows all of it; the ratios suffer least.
+checkpoints (PostgreSQL's defaults, which `talktime up` has, are 128 MB and 1 GB). Prints a table, and
+writes a JSON file with the raw numbers of every round. Other work on the machine slows all of it; the ratios suffer
+least.
 """
 
 from __future__ import annotations

@@ -89,11 +89,11 @@ class Bench:
         requests = [api.reading(user_id, token) for user_id, token in zip(users, api.tokens(users), strict=True)]
         return self.load(name, api.program, api.address, requests)
 
-    def pgbench(self) -> PgBench:
-        """Return pgbench with as many rows as there are chats."""
+    def pgbench(self, rows: int) -> PgBench:
+        """Return pgbench with so many rows: as many as there are chats in the requests that it is compared with."""
         found = PgBench(
             url=self.population.url,
-            rows=self.population.users,
+            rows=rows,
             clients=self.options.clients,
             seconds=self.options.seconds,
             folder=self.folder,

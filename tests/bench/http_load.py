@@ -223,6 +223,8 @@ def main() -> int:
     """Do what the line on the standard input says, and write a line about what came of it."""
     plan = json.loads(sys.stdin.readline())
     written = json.loads(Path(plan["requests"]).read_text())
+    begin = plan["begin"]
+    written = written[begin:] + written[:begin]
     requests = [request.encode("latin-1") for request in written[plan["first"] :: plan["step"]] or written]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

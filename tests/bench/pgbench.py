@@ -1,7 +1,8 @@
 """Single rows with pgbench, PostgreSQL's own load generator: the least that a database can be asked for.
 
-A table of its own in the same database, with a row for each chat and the room that the chats' table leaves on its
-pages; statements are prepared, and each is a transaction.
+A table of its own in the same database, with a row for each chat that the other side asks for and the room that the
+chats' table leaves on its pages; statements are prepared, and each is a transaction. Each run has a warm-up of its own,
+which does not count.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from pathlib import Path
 from psycopg import conninfo
 from sqlalchemy.engine import URL
 
+from tests.bench.database import settle
 from tests.bench.programs import BenchmarkFailed
 from tests.bench.rounds import Run
 from tests.database import connect
 
 THREADS = 2
+WARM_UP_S = 1
 END_S = 60
 _NOTE_CHARS = 120  # so that a row is about as long as a chat's
 
@@ -54,7 +57,7 @@ class PgBench:
                 f"INSERT INTO bench_row SELECT id, clock_timestamp(), repeat('x', {_NOTE_CHARS})"
                 f" FROM generate_series(1, {self.rows}) AS id"
             )
-            connection.execute("VACUUM (FREEZE, ANALYZE) bench_row")
+            settle(connection, "bench_row")
 
     def run(self, command: str) -> Run:
         """Let all clients send ``UPDATE`` or ``SELECT`` for one row after another, chosen at random.
@@ -64,20 +67,24 @@ class PgBench:
         """
         script = self.folder / f"{command}.sql"
         script.write_text(f"\\set id random(1, {self.rows})\n{_SCRIPTS[command]}\n")
+        self._run_for(WARM_UP_S, script)
+        return parse(self._run_for(self.seconds, script))
+
+    def _run_for(self, seconds: int, script: Path) -> str:
         options = ["-n", "-M", "prepared", "-c", str(self.clients), "-j", str(min(THREADS, self.clients))]
         target, password = _target_of(self.url)
         ended = subprocess.run(
-            [str(program()), *options, "-T", str(self.seconds), "-f", str(script), target],
+            [str(program()), *options, "-T", str(seconds), "-f", str(script), target],
             env={**os.environ, "PGPASSWORD": password},
             capture_output=True,
             text=True,
-            timeout=self.seconds + END_S,
+            timeout=seconds + END_S,
             check=False,
         )
         if ended.returncode:
             message = f"pgbench ended with {ended.returncode}: {ended.stderr.strip()}"
             raise BenchmarkFailed(message)
-        return parse(ended.stdout)
+        return ended.stdout
 
 
 def _target_of(url: URL) -> tuple[str, str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psycopg
 from psycopg import sql
@@ -18,6 +20,8 @@ from sqlalchemy.engine import URL
 from talktime.store.tables import bucket_of
 from tests.bench.database import settle
 from tests.database import connect
+
+T = TypeVar("T")
 
 RATE = 60_000_000
 """Micro-credits per minute."""
@@ -28,6 +32,7 @@ CHAT = "chat"
 FREE_OF = 5
 """One user of so many is in free time; the others pay."""
 
+_SEED = 1
 _ADVISORS = 100
 _PURCHASE = 10**14
 _GRANTED_US = 365 * 86_400 * 10**6
@@ -110,9 +115,14 @@ class Population:
     users: int
 
     def some_users(self, most: int) -> list[str]:
-        """Return so many users, or all, spread evenly."""
+        """Return so many users, or all, spread evenly, and shuffled: they do not come in the order of the tables."""
         wanted = min(most, self.users)
-        return [user(number * self.users // wanted) for number in range(wanted)]
+        return shuffled([user(number * self.users // wanted) for number in range(wanted)])
+
+
+def shuffled(values: Sequence[T]) -> list[T]:
+    """Return values in an order without any order, which is the same in every run."""
+    return random.Random(_SEED).sample(values, len(values))
 
 
 def user(number: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from tests.bench.bench import Bench
 from tests.bench.crowd import crowd
@@ -25,10 +26,10 @@ NOT_FOUND = 404
 
 def measure_readings(bench: Bench) -> Part:
     """Readings by users' tokens and by a service key, against the bare route, and against pgbench's SELECT."""
-    pgbench = bench.pgbench()
     with bench.api() as api, serving_bare(api.one_reading(), bench.folder) as (bare, bare_address):
         polling = bench.polling(api)
         users = api.population.some_users(len(json.loads(polling.requests.read_text())))
+        pgbench = bench.pgbench(len(users))
         by_service = [api.reading(user_id, api.key) for user_id in users]
         part = alternate(
             {
@@ -71,12 +72,14 @@ def measure_readings(bench: Bench) -> Part:
 
 def measure_heartbeats(bench: Bench) -> Part:
     """Heartbeats, one in a request, against pgbench's single-row UPDATE."""
-    pgbench = bench.pgbench()
     with bench.api() as api:
         requests = [api.heartbeat(user_id) for user_id in api.population.some_users(BEATING_MAX)]
+        pgbench = bench.pgbench(len(requests))
+        load = bench.load("heartbeat", api.program, api.address, requests)
+        begins = _begins(bench, len(requests))
         part = alternate(
             {
-                "heartbeat": bench.load("heartbeat", api.program, api.address, requests).run,
+                "heartbeat": lambda: load.run(begin=next(begins)),
                 "pgbench UPDATE": lambda: pgbench.run("UPDATE"),
             },
             bench.options.rounds,
@@ -93,6 +96,12 @@ def measure_heartbeats(bench: Bench) -> Part:
         )
     ]
     return part
+
+
+def _begins(bench: Bench, requests: int) -> Iterator[int]:
+    """Say with which request each round begins: each with another, so that not always the same chats come first."""
+    rounds = bench.options.rounds + 1  # and the warm-up
+    return (number * requests // rounds for number in range(rounds))
 
 
 def measure_batch(bench: Bench) -> Part:
@@ -112,11 +121,15 @@ def measure_batch(bench: Bench) -> Part:
         if status != OK or len(results := json.loads(body)["results"]) != beats:
             message = f"POST {BATCH_PATH} with {beats} beats answered {status}: {body[:600].decode(errors='replace')}"
             raise BenchmarkFailed(message)
-        pgbench = bench.pgbench()
         requests = [api.batch(of_slice) for of_slice in slices]
+        pgbench = bench.pgbench(len(requests) * beats)
+        begins = _begins(bench, len(requests))
         load = bench.load("batch", api.program, api.address, requests, clients=BATCH_CLIENTS)
         part = alternate(
-            {"beats in batches": lambda: load.run(each=beats), "pgbench UPDATE": lambda: pgbench.run("UPDATE")},
+            {
+                "beats in batches": lambda: load.run(each=beats, begin=next(begins)),
+                "pgbench UPDATE": lambda: pgbench.run("UPDATE"),
+            },
             bench.options.rounds,
             bench.progress,
         )

@@ -160,8 +160,8 @@ class Load:
     us: int
     folder: Path
 
-    def run(self, *, each: int = 1) -> Run:
-        """Run it, and return its raw numbers; `each` is how much one answer stands for.
+    def run(self, *, each: int = 1, begin: int = 0) -> Run:
+        """Run it from a request on, and return its raw numbers; `each` is how much one answer stands for.
 
         Raises:
             BenchmarkFailed: an answer was not 200.
@@ -176,7 +176,7 @@ class Load:
             ]
             for number, program in enumerate(programs):
                 clients = len(range(number, self.clients, self.generators))
-                share = Share(number, len(programs), clients)
+                share = Share(number, len(programs), clients, begin)
                 program.tell(**plan(self.address, self.requests, share, warm_up_us=self.warm_up_us, us=self.us))
             patience_s = 3 * START_S + (self.warm_up_us + self.us) / S_US
             answers = [program.answer(patience_s) for program in programs]
@@ -203,11 +203,12 @@ class Load:
 
 
 class Share(NamedTuple):
-    """A load generator's share: each `step`-th request from the `first` on, and so many clients."""
+    """A load generator's share: each `step`-th request from the `first` on, so many clients, and where they begin."""
 
     first: int
     step: int
     clients: int
+    begin: int = 0
 
 
 def plan(address: str, requests: Path, share: Share, *, warm_up_us: int = 0, us: int = 0) -> dict[str, object]:

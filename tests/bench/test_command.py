@@ -18,7 +18,7 @@ from tests.bench.database import operators_settings, running_server
 from tests.bench.pgbench import PgBench, parse
 from tests.bench.population import populate
 from tests.bench.programs import BenchmarkFailed, halted, memory_bytes, module, started
-from tests.bench.service import Load, request, serving, serving_bare, write_requests
+from tests.bench.service import Load, Share, plan, request, serving, serving_bare, write_requests
 from tests.database import Databases, connect
 from tests.program import environment, written
 
@@ -131,6 +131,17 @@ def test_a_load_on_the_bare_route_is_counted_over_all_generators(tmp_path: Path)
         write_requests(load.requests, [request("POST", "/v1/heartbeats", "host", "")])
         with pytest.raises(BenchmarkFailed, match=r"bare route: HTTP/1\.1 404"):
             load.run()
+
+
+def test_a_load_begins_with_the_request_that_it_is_told(tmp_path: Path) -> None:
+    refused, answered = request("POST", "/", "host", ""), request("GET", "/v1/users/u1/chats/c1", "host", "")
+    path = write_requests(tmp_path / "requests.json", [refused, answered])
+    with serving_bare(b"{}", tmp_path) as (_, address):
+        for begin, status in enumerate(("404", "200")):
+            with started("load generator", *module("tests.bench.http_load"), folder=tmp_path) as generator:
+                assert {"connected": 1} == generator.ask(30, **plan(address, path, Share(0, 1, 1, begin)))
+                assert {"sent": 1} == generator.ask(30)
+                assert {status: 1} == generator.answer(30)["statuses"]
 
 
 def test_pgbench_counts_single_rows(database_url: URL, tmp_path: Path) -> None:

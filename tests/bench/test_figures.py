@@ -104,7 +104,7 @@ def test_the_json_holds_every_round() -> None:
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_sides_take_turns_and_the_first_turn_of_each_does_not_count() -> None:
+def test_sides_take_turns_backwards_every_other_time_and_the_first_turn_of_each_does_not_count() -> None:
     order: list[str] = []
 
     def side(name: str) -> Callable[[], Run]:
@@ -115,9 +115,9 @@ def test_sides_take_turns_and_the_first_turn_of_each_does_not_count() -> None:
         return measure
 
     part = alternate({"a": side("a"), "b": side("b")}, 2, Progress())
-    assert ["a", "b"] * 3 == order
+    assert ["a", "b", "b", "a", "a", "b"] == order
     assert {"a": {"rate": 1.0}, "b": {"rate": 2.0}} == part.warm_up
-    assert ([3.0, 5.0], [4.0, 6.0]) == (part.rates("a"), part.rates("b"))
+    assert ([4.0, 5.0], [3.0, 6.0]) == (part.rates("a"), part.rates("b"))
 
 
 def test_a_side_that_did_nothing_is_no_baseline() -> None:
