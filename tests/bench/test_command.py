@@ -42,8 +42,10 @@ def test_a_run_prints_a_table_keeps_its_raw_numbers_and_leaves_no_database(
     assert "round 1 of 1: set-based SQL" in ended.stderr
     document = json.loads(path.read_text())
     [round_] = document["parts"]["pass"]["rounds"]
-    [figure] = document["parts"]["pass"]["figures"]
+    figure, one_connection = document["parts"]["pass"]["figures"]
     assert round_["pass"]["rate"] / round_["set-based SQL"]["rate"] == figure["value"]
+    assert "set-based SQL, one connection" == one_connection["baseline"]
+    assert one_connection["is_met"] is None
     assert [20] * len(round_["pass"]["passes"]) == [one["chats"] for one in round_["pass"]["passes"]]
     assert document["database"]["synchronous_commit"] == "on"
     assert str(tmp_path) not in path.read_text()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.errors import UndefinedColumn
 from sqlalchemy.engine import URL, make_url
 
-from reconciler.sweep import sweep
+from reconciler.sweep import BATCHES_AT_ONCE, sweep
 from talktime.store.database import Database
 from tests.bench import interval_writer, set_based
 from tests.bench.population import FREE_OF, Population, populate, user
@@ -84,13 +85,13 @@ def test_some_users_are_spread_evenly_and_none_is_named_twice() -> None:
     assert population.some_users(1000) == population.some_users(1000)
 
 
-async def test_what_the_set_based_writer_writes_is_what_a_pass_would_write(database_url: URL) -> None:
+@pytest.mark.parametrize("at_once", [1, BATCHES_AT_ONCE])
+async def test_what_the_set_based_writer_writes_is_what_a_pass_would_write(database_url: URL, at_once: int) -> None:
     populate(database_url, USERS)
-    with connect(database_url) as connection:
-        batches = set_based.batches_as_of_now(connection)
-        for batch in batches:
-            set_based.write(connection, batch)
-    assert USERS == sum(len(batch.users) for batch in batches)
+    async with set_based.open_connections(database_url) as connections:
+        assert BATCHES_AT_ONCE == len(connections)
+        batches = await set_based.batches_as_of_now(connections[0])
+        assert USERS == await set_based.write(connections[:at_once], batches)
     # All rows of a pass, at the instant for which the values were computed: the audit derives each of them again.
     assert [(USERS,)] == rows(database_url, "SELECT count(*) FROM chat WHERE elapsed_us > 0 AND free_us + cost > 0")
     assert [(3,)] == rows(database_url, "SELECT count(*) FROM allowance WHERE used_us > 0")
@@ -101,6 +102,17 @@ async def test_what_the_set_based_writer_writes_is_what_a_pass_would_write(datab
     assert [] == await audited(database_url)
     assert USERS == await passed(database_url)
     assert [] == await audited(database_url)
+
+
+async def test_a_batch_that_cannot_be_written_fails_the_measurement(database_url: URL) -> None:
+    populate(database_url, USERS)
+    async with set_based.open_connections(database_url) as connections:
+        batches = await set_based.batches_as_of_now(connections[0])
+        with connect(database_url) as connection:
+            connection.execute("ALTER TABLE chat RENAME COLUMN count_us TO counted_us")
+        with pytest.raises(ExceptionGroup) as failed:
+            await set_based.write(connections, batches)
+    assert all(isinstance(error, UndefinedColumn) for error in failed.value.exceptions)
 
 
 # --- the interval writer ----------------------------------------------------------------------------------------------
