@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 
 from sqlalchemy.engine import URL
@@ -23,6 +24,11 @@ PATIENCE_S = 3_600
 PERIOD_S = 15
 RECONCILERS = 2
 TIMERS_MAX = 50_000
+INTERVAL_WRITERS = {
+    "interval writer": "statements",
+    "interval writer, one transaction": "transaction",
+    "interval writer, not waiting for the disk": "unsafe",
+}
 HISTORY_USERS_MAX = 20_000
 OLD_CHATS = 100
 """Of each user, where there is a history."""
@@ -102,13 +108,21 @@ def measure_writer(bench: Bench) -> Part:
             "interval writer", *module("tests.bench.interval_writer"), folder=bench.folder, environment=environment
         ) as writer,
     ):
+        writer.ask(PATIENCE_S, chats=chats)
 
-        def write_intervals() -> Run:
-            made = writer.ask(PATIENCE_S, timers=timers, us=bench.options.seconds * S_US)
-            return {"rate": per_second(made["chats"], made["elapsed_us"]), **made}
+        def write_intervals(way: str) -> Run:
+            made = writer.ask(PATIENCE_S, way=way, timers=timers, us=bench.options.seconds * S_US)
+            return {"rate": per_second(made["counted"], made["elapsed_us"]), **made}
 
-        part = alternate({"pass": run_pass, "interval writer": write_intervals}, bench.options.rounds, bench.progress)
-    part.figures = [_pass_against(part, "interval writer", Target(at_least=50))]
+        part = alternate(
+            {"pass": run_pass, **{name: partial(write_intervals, way) for name, way in INTERVAL_WRITERS.items()}},
+            bench.options.rounds,
+            bench.progress,
+        )
+    part.figures = [
+        _pass_against(part, name, Target(at_least=50) if way == "statements" else None)
+        for name, way in INTERVAL_WRITERS.items()
+    ]
     return part
 
 

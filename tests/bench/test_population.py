@@ -128,14 +128,20 @@ def interval_writing(url: URL, folder: Path, chats: int) -> Iterator[Program]:
         yield program
 
 
-def test_an_interval_is_written_to_the_record_the_chat_and_the_user(database_url: URL, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", interval_writer.WAYS)
+def test_an_interval_is_written_to_the_record_the_chat_and_the_user(
+    database_url: URL, tmp_path: Path, way: str
+) -> None:
     with interval_writing(database_url, tmp_path, 2) as writer:
+        writer.ask(60, chats=1)
         with connect(database_url) as connection:
-            connection.execute("UPDATE interval_record SET free_s = 170 WHERE record_id = 1")
+            connection.execute(
+                "UPDATE interval_record SET free_s = %s WHERE record_id = 1", [interval_writer.FREE_S - 10]
+            )
         for _ in range(2):
-            assert 1 == writer.ask(60, timers=1, us=60_000_000)["chats"]
-    # Of three free minutes ten seconds were left; the other five cost 12.5 cents, and a whole interval 37.5.
-    assert [(30, 180), (0, 0)] == rows(
+            assert 1 == writer.ask(60, way=way, timers=1, us=60_000_000)["chats"]
+    # Of the free time ten seconds were left; the other five cost 12.5 cents, and a whole interval 37.5.
+    assert [(30, interval_writer.FREE_S), (0, interval_writer.FREE_S)] == rows(
         database_url, "SELECT duration_s, free_s FROM interval_record ORDER BY record_id"
     )
     assert [(30, 12 + 37), (0, 0)] == rows(
@@ -146,21 +152,62 @@ def test_an_interval_is_written_to_the_record_the_chat_and_the_user(database_url
 
 def test_all_timers_that_fire_at_once_write_once_each(database_url: URL, tmp_path: Path) -> None:
     with interval_writing(database_url, tmp_path, 60) as writer:
-        made = writer.ask(60, timers=60, us=60_000_000)
-        assert 60 == made["chats"]
+        writer.ask(60, chats=60)
+        made = writer.ask(60, way="statements", timers=60, us=60_000_000)
+        # The first that was done is where the time begins.
+        assert (60, 59) == (made["chats"], made["counted"])
         assert 0 < made["elapsed_us"] < 60_000_000
         assert [(60 * 15, 60)] == rows(
             database_url, "SELECT sum(duration_s), count(*) FILTER (WHERE duration_s = 15) FROM interval_record"
         )
         # And where the time is too short for all, those that were written are counted.
-        made = writer.ask(60, timers=60, us=0)
+        made = writer.ask(60, way="statements", timers=60, us=0)
     assert [((60 + made["chats"]) * 15,)] == rows(database_url, "SELECT sum(duration_s) FROM interval_record")
-    assert made["chats"] < 60
+    assert 1 <= made["chats"] <= interval_writer.CONNECTIONS
+    free = f"SELECT count(*) FROM interval_record WHERE free_s < {interval_writer.FREE_S}"
+    assert [(60 // FREE_OF,)] == rows(database_url, free)
+
+
+def test_runs_go_on_with_other_chats_in_no_order(database_url: URL, tmp_path: Path) -> None:
+    written = "SELECT record_id FROM interval_record WHERE duration_s > 0 ORDER BY record_id"
+    with interval_writing(database_url, tmp_path, 60) as writer:
+        writer.ask(60, chats=60)
+        writer.ask(60, way="statements", timers=30, us=60_000_000)
+        first = [record_id for (record_id,) in rows(database_url, written)]
+        assert 30 == len(first)
+        assert max(first) > 40
+        writer.ask(60, way="statements", timers=30, us=60_000_000)
+    assert 60 == len(rows(database_url, written))
+
+
+def test_only_one_way_of_writing_does_not_wait_for_the_disk(database_url: URL, tmp_path: Path) -> None:
+    with interval_writing(database_url, tmp_path, 1) as writer:
+        writer.ask(60, chats=1)
+        for _ in range(2):
+            waiting = {
+                way: writer.ask(60, way=way, timers=1, us=60_000_000)["synchronous_commit"]
+                for way in interval_writer.WAYS
+            }
+            assert {"statements": "on", "transaction": "on", "unsafe": "off"} == waiting
+
+
+@pytest.mark.parametrize(("way", "written_s"), [("statements", 15), ("transaction", 0)])
+def test_an_interval_is_written_as_far_as_it_goes_unless_a_transaction_holds_it_together(
+    database_url: URL, tmp_path: Path, way: str, written_s: int
+) -> None:
+    with interval_writing(database_url, tmp_path, 1) as writer:
+        writer.ask(60, chats=1)
+        with connect(database_url) as connection:
+            connection.execute("DROP TABLE interval_user")
+        with pytest.raises(BenchmarkFailed):
+            writer.ask(60, way=way, timers=1, us=60_000_000)
+    assert [(written_s,)] == rows(database_url, "SELECT duration_s FROM interval_record")
 
 
 def test_a_timer_that_fails_fails_the_measurement(database_url: URL, tmp_path: Path) -> None:
     with interval_writing(database_url, tmp_path, 5) as writer:
+        writer.ask(60, chats=5)
         with connect(database_url) as connection:
             connection.execute("DROP TABLE interval_user")
         with pytest.raises(BenchmarkFailed, match='relation "interval_user" does not exist'):
-            writer.ask(60, timers=5, us=60_000_000)
+            writer.ask(60, way="statements", timers=5, us=60_000_000)
