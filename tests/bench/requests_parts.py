@@ -25,8 +25,12 @@ NOT_FOUND = 404
 
 
 def measure_readings(bench: Bench) -> Part:
-    """Readings by users' tokens and by a service key, against the bare route, and against pgbench's SELECT."""
-    with bench.api() as api, serving_bare(api.one_reading(), bench.folder) as (bare, bare_address):
+    """Readings by users' tokens and by a service key, against bare answers, and against pgbench's SELECT."""
+    with (
+        bench.api() as api,
+        serving_bare("bare route", api.one_reading(), bench.folder) as (bare, bare_address),
+        serving_bare("server alone", api.one_reading(), bench.folder) as (server, server_address),
+    ):
         polling = bench.polling(api)
         users = api.population.some_users(len(json.loads(polling.requests.read_text())))
         pgbench = bench.pgbench(len(users))
@@ -36,6 +40,7 @@ def measure_readings(bench: Bench) -> Part:
                 "bare route": bench.load("bare route", bare, bare_address, polling.requests).run,
                 "reading": polling.run,
                 "reading by a service": bench.load("reading by a service", api.program, api.address, by_service).run,
+                "server alone": bench.load("server alone", server, server_address, polling.requests).run,
                 "pgbench SELECT": lambda: pgbench.run("SELECT"),
             },
             bench.options.rounds,
@@ -44,30 +49,27 @@ def measure_readings(bench: Bench) -> Part:
         part.notes["answer_bytes"] = len(api.one_reading())
     part.notes["users"] = len(users)
     part.figures = [
-        Figure(
-            name="reading with the user's token, metrics on",
-            unit="/s",
-            runs=part.rates("reading"),
-            baseline="bare route",
-            baseline_runs=part.rates("bare route"),
-            target=Target(at_least=0.45, aim=0.6),
-        ),
-        Figure(
-            name="reading with a service key",
-            unit="/s",
-            runs=part.rates("reading by a service"),
-            baseline="bare route",
-            baseline_runs=part.rates("bare route"),
-        ),
-        Figure(
-            name="reading with the user's token, metrics on",
-            unit="/s",
-            runs=part.rates("reading"),
-            baseline="pgbench SELECT",
-            baseline_runs=part.rates("pgbench SELECT"),
-        ),
+        _reading_against(part, "bare route", Target(at_least=0.45, aim=0.6)),
+        _reading_against(part, "bare route", side="reading by a service"),
+        _reading_against(part, "server alone"),
+        _reading_against(part, "pgbench SELECT"),
     ]
     return part
+
+
+def _reading_against(part: Part, baseline: str, target: Target | None = None, *, side: str = "reading") -> Figure:
+    names = {
+        "reading": "reading with the user's token, metrics on",
+        "reading by a service": "reading with a service key",
+    }
+    return Figure(
+        name=names[side],
+        unit="/s",
+        runs=part.rates(side),
+        baseline=baseline,
+        baseline_runs=part.rates(baseline),
+        target=target,
+    )
 
 
 def measure_heartbeats(bench: Bench) -> Part:

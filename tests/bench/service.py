@@ -131,10 +131,10 @@ def serving(population: Population, folder: Path, *, per_user: int = PER_USER_DE
 
 
 @contextlib.contextmanager
-def serving_bare(answer: bytes, folder: Path) -> Iterator[tuple[Program, str]]:
-    """Run the bare route, with a constant answer, until the block ends."""
-    with started("bare route", *module("tests.bench.bare"), folder=folder, environment=environment()) as program:
-        program.tell(answer=answer.decode())
+def serving_bare(app: str, answer: bytes, folder: Path) -> Iterator[tuple[Program, str]]:
+    """Run the bare route, or the server alone, with a constant answer, until the block ends."""
+    with started(app, *module("tests.bench.bare"), folder=folder, environment=environment()) as program:
+        program.tell(app=app, answer=answer.decode())
         yield program, program.wait_for(LISTENING, START_S)
 
 

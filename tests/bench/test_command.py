@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy.engine import URL
 
 from tests.bench.__main__ import main
+from tests.bench.bare import APPS
 from tests.bench.crowd import crowd
 from tests.bench.database import operators_settings, running_server
 from tests.bench.pgbench import PgBench, parse
@@ -111,9 +112,18 @@ def test_all_requests_of_a_crowd_are_in_flight_at_once_and_answered(database_url
     assert (10,) == beaten
 
 
+@pytest.mark.parametrize("app", APPS)
+def test_bare_answers_are_the_bytes_that_were_given_under_the_same_headers(app: str, tmp_path: Path) -> None:
+    with serving_bare(app, b'{"balance":"1"}', tmp_path) as (_, address):
+        answer = httpx.get(f"http://{address}/v1/users/u1/chats/c1", trust_env=False)
+    assert (200, b'{"balance":"1"}') == (answer.status_code, answer.content)
+    assert {"content-type": "application/json", "content-length": "15"} == {
+        name: value for name, value in answer.headers.items() if name != "date"
+    }
+
+
 def test_a_load_on_the_bare_route_is_counted_over_all_generators(tmp_path: Path) -> None:
-    with serving_bare(b'{"balance":"1"}', tmp_path) as (program, address):
-        assert b'{"balance":"1"}' == httpx.get(f"http://{address}/v1/users/u1/chats/c1", trust_env=False).content
+    with serving_bare("bare route", b'{"balance":"1"}', tmp_path) as (program, address):
         load = Load(
             name="bare route",
             server=program,
@@ -138,7 +148,7 @@ def test_a_load_on_the_bare_route_is_counted_over_all_generators(tmp_path: Path)
 def test_a_load_begins_with_the_request_that_it_is_told(tmp_path: Path) -> None:
     refused, answered = request("POST", "/", "host", ""), request("GET", "/v1/users/u1/chats/c1", "host", "")
     path = write_requests(tmp_path / "requests.json", [refused, answered])
-    with serving_bare(b"{}", tmp_path) as (_, address):
+    with serving_bare("bare route", b"{}", tmp_path) as (_, address):
         for begin, status in enumerate(("404", "200")):
             with started("load generator", *module("tests.bench.http_load"), folder=tmp_path) as generator:
                 assert {"connected": 1} == generator.ask(30, **plan(address, path, Share(0, 1, 1, begin)))
