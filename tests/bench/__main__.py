@@ -2,9 +2,8 @@
 
 Uses the PostgreSQL of TALKTIME_DATABASE_URL as it is set, in databases of its own that are dropped again, else an
 embedded one, set for such a load: a quarter of the memory for its buffers, up to 4 GB, and 8 GB of log between
-checkpoints (PostgreSQL's defaults, which `talktime up` has, are 128 MB and 1 GB). Prints a table, and
-writes a JSON file with the raw numbers of every round. Other work on the machine slows all of it; the ratios suffer
-least.
+checkpoints (PostgreSQL's defaults, which `talktime up` has, are 128 MB and 1 GB). Prints a table, and writes a JSON
+file with the raw numbers of every round. Other work on the machine slows all of it; the ratios suffer least.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from tests.bench.plots import draw
 from tests.bench.programs import BenchmarkFailed
 from tests.bench.requests_parts import measure_batch, measure_heartbeats, measure_memory, measure_readings
 from tests.bench.rounds import Part, Progress
+from tests.bench.whole import whole_design
 
 PARTS: Mapping[str, Callable[[Bench], Part]] = {
     "readings": measure_readings,
@@ -105,7 +105,8 @@ def _measured(bench: Bench, measure: Callable[[Bench], Part]) -> Part:
 
 def _show(parts: Mapping[str, Part], path: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table_of([figure for part in parts.values() for figure in part.figures]))
+    measured = [figure for part in parts.values() for figure in part.figures]
+    console.print(table_of([*measured, *whole_design(parts)]))
     for name, part in parts.items():
         for failure in part.failures:
             console.print(f"{name} FAILED: {failure}", markup=False, style="bold red")

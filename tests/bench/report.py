@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.bench.bench import Options
 from tests.bench.rounds import Part
+from tests.bench.whole import whole_design
 
 FOLDER = Path("bench-results")
 _PACKAGES = (
@@ -77,6 +78,7 @@ def document(
         "versions": versions(),
         "database": dict(database),
         "parts": {name: part.as_json() for name, part in parts.items()},
+        "whole_design": [figure.as_json() for figure in whole_design(parts)],
     }
     return json.dumps(content, indent=1) + "\n"
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from tests.bench.figures import Figure, Target, number, percentile, table_of
 from tests.bench.plots import MET, MISSED, draw, times_target
 from tests.bench.programs import BenchmarkFailed
-from tests.bench.rounds import Progress, Run, alternate, per_second
+from tests.bench.rounds import Part, Progress, Run, alternate, per_second
+from tests.bench.whole import whole_design
 
 READING = Figure(
     name="reading",
@@ -128,6 +129,25 @@ def test_a_side_that_did_nothing_is_no_baseline() -> None:
 @pytest.mark.parametrize(("count", "us", "expected"), [(10, 2_000_000, 5), (1, 2_000_000, 0.5), (0, 0, 0)])
 def test_a_rate_is_per_second(count: int, us: int, expected: float) -> None:
     assert expected == per_second(count, us)
+
+
+# --- the whole design -------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_design_is_a_pass_and_three_heartbeats() -> None:
+    def part(*sides: str) -> Part:
+        rates = {"pass": 60_000, "interval writer": 1_000, "heartbeat": 9_000, "beats in batches": 60_000}
+        return Part(rounds=[{side: {"rate": rates[side] * (number + 1)} for side in sides} for number in range(2)])
+
+    writer, single, batch = part("pass", "interval writer"), part("heartbeat"), part("beats in batches")
+    one_by_one, in_batches = whole_design({"heartbeats": single, "batch": batch, "writer": writer})
+    # A pass takes 1/60 of a millisecond for a chat, three heartbeats 1/3 or 3/60.
+    assert pytest.approx([60_000 / 21, 2 * 60_000 / 21]) == one_by_one.runs
+    assert pytest.approx([15, 15]) == in_batches.ratios
+    assert in_batches.is_met is None
+    # What was not measured, or failed, is left out.
+    assert [one_by_one] == whole_design({"writer": writer, "heartbeats": single, "batch": Part(failures=["no"])})
+    assert [] == whole_design({"heartbeats": single, "batch": batch})
 
 
 # --- the plot ---------------------------------------------------------------------------------------------------------
