@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tests.bench import report
 from tests.bench.bench import Bench, Options
-from tests.bench.database import running_server
+from tests.bench.database import caution, running_server
 from tests.bench.figures import table_of
 from tests.bench.pass_parts import measure_history, measure_million, measure_pass, measure_writer
 from tests.bench.plots import draw
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             interrupted = True
         finally:
             bench.close()
-    _show(parts, path)
+    _show(parts, path, caution(database))
     if parsed.plot:
         drawn = path.with_suffix(".svg")
         report.write(drawn, draw([figure for part in parts.values() for figure in part.figures]))
@@ -103,10 +103,12 @@ def _measured(bench: Bench, measure: Callable[[Bench], Part]) -> Part:
     return part
 
 
-def _show(parts: Mapping[str, Part], path: Path) -> None:
+def _show(parts: Mapping[str, Part], path: Path, warning: str) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     measured = [figure for part in parts.values() for figure in part.figures]
     console.print(table_of([*measured, *whole_design(parts)]))
+    if warning:
+        console.print(warning, markup=False, style="bold")
     for name, part in parts.items():
         for failure in part.failures:
             console.print(f"{name} FAILED: {failure}", markup=False, style="bold red")

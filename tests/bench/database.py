@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,17 @@ class Server:
         finally:
             with connect(self.url) as admin:
                 admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(name))
+
+
+def caution(about: Mapping[str, str]) -> str:
+    """Say so if a server does not make commits wait for the disk; else nothing."""
+    off = [f"{name} = off" for name in ("fsync", "synchronous_commit") if about[name] == "off"]
+    if not off:
+        return ""
+    return (
+        f"this server has {' and '.join(off)}: no commit waited for the disk, so whatever commits often, talktime's"
+        " heartbeats and most baselines, was faster than where commits are safe"
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.bench import Options
+from tests.bench.database import caution
 from tests.bench.rounds import Part
 from tests.bench.whole import whole_design
 
@@ -77,6 +78,7 @@ def document(
         "machine": dict(machine),
         "versions": versions(),
         "database": dict(database),
+        "caution": caution(database),
         "parts": {name: part.as_json() for name, part in parts.items()},
         "whole_design": [figure.as_json() for figure in whole_design(parts)],
     }

@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL
 from tests.bench.__main__ import main
 from tests.bench.bare import APPS
 from tests.bench.crowd import crowd
-from tests.bench.database import operators_settings, running_server
+from tests.bench.database import caution, operators_settings, running_server
 from tests.bench.pgbench import PgBench, parse
 from tests.bench.population import populate
 from tests.bench.programs import BenchmarkFailed, halted, memory_bytes, module, started
@@ -49,6 +49,8 @@ def test_a_run_prints_a_table_keeps_its_raw_numbers_and_leaves_no_database(
     assert one_connection["is_met"] is None
     assert [20] * len(round_["pass"]["passes"]) == [one["chats"] for one in round_["pass"]["passes"]]
     assert document["database"]["synchronous_commit"] == "on"
+    assert (document["database"]["fsync"] == "off") == ("this server has fsync = off" in ended.stdout)
+    assert caution(document["database"]) == document["caution"]
     assert str(tmp_path) not in path.read_text()
     assert path.with_suffix(".svg").exists()
     left = databases.admin.execute("SELECT datname FROM pg_database WHERE starts_with(datname, 'talktime_bench_')")
@@ -79,6 +81,22 @@ def test_the_embedded_server_is_set_for_the_load_of_a_benchmark(
 @pytest.mark.parametrize(("memory_gb", "buffers"), [(2, "512MB"), (16, "4096MB"), (64, "4096MB")])
 def test_buffers_are_a_quarter_of_the_memory_up_to_a_limit(memory_gb: int, buffers: str) -> None:
     assert buffers == operators_settings(memory_gb << 30)["shared_buffers"]
+
+
+@pytest.mark.parametrize(
+    ("fsync", "commit", "said"),
+    [
+        ("on", "on", ""),
+        ("on", "remote_apply", ""),
+        ("off", "on", "this server has fsync = off:"),
+        ("on", "off", "this server has synchronous_commit = off:"),
+        ("off", "off", "this server has fsync = off and synchronous_commit = off:"),
+    ],
+)
+def test_a_server_whose_commits_do_not_wait_for_the_disk_is_told_of(fsync: str, commit: str, said: str) -> None:
+    warning = caution({"fsync": fsync, "synchronous_commit": commit})
+    assert warning.startswith(said)
+    assert bool(said) == bool(warning)
 
 
 def test_the_settings_of_a_given_server_are_left_alone(
