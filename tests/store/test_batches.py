@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import psycopg
 import pytest
 from sqlalchemy.engine import URL
 
@@ -18,6 +19,7 @@ from talktime.errors import ChatNotActive, ChatNotFound, TalktimeError
 from talktime.meter.reading import Reading
 from talktime.meter.state import ChatState, CreditKind, Scope
 from talktime.operations import Service
+from talktime.store import batches
 from tests.database import Clock
 from tests.store.many_chats import (
     ABANDON,
@@ -218,6 +220,27 @@ async def test_running_chats_of_one_user_in_one_batch_are_each_read_with_all_of_
             # v began 30 later than u; each pays for all three clocks from when they began.
             assert [80, 50, 70, 40, 60, 30] == [reading.elapsed_us for reading in readings]
             assert [790, 880] * 3 == [reading.balance for reading in readings]
+
+
+async def test_a_users_running_chats_are_read_once_for_all_that_are_wanted_of_this_user(database_url: URL) -> None:
+    policy = TINY._replace(scope=Scope.NONE, lease_us=10**9, abandon_after_us=10**10)
+    async with open_service(database_url, policy=policy, card=FREE_OF_CHARGE) as service:
+        keys = [(user_id, f"c{n}") for n in range(30) for user_id in ("u", "v")]
+        for key in keys:
+            await start(service, *key)
+        read: list[int] = []
+
+        async def work(connection: psycopg.AsyncConnection[Any]) -> dict[batches.ChatKey, batches.Loaded]:
+            rows = await (await batches._send_reading(connection, keys, None)).fetchall()
+            read.append(sum(row[-1] is not None for row in rows))
+            return await batches.load_many(connection, keys)
+
+        found = await service.database.line().run(work)
+    assert [len(keys)] == read
+    assert keys == list(found)
+    assert 2 == len({id(loaded.account) for loaded in found.values()})
+    for loaded in found.values():
+        assert {f"c{n}" for n in range(30)} == set(loaded.account.chats)
 
 
 async def test_a_batch_sees_one_instant(database_url: URL) -> None:

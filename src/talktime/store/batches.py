@@ -24,7 +24,7 @@ ChatKey: TypeAlias = tuple[str, str]
 
 
 class Loaded(NamedTuple):
-    """What a reading needs: the account with its running chats and the chat that was wanted, and the instant."""
+    """What readings need: the account with its running chats and those that were wanted, and the instant."""
 
     account: Account
     now: int
@@ -59,7 +59,7 @@ async def load_many(
     Users without an account are left out. A chat that does not exist is not in its account.
     """
     reading = await _send_reading(connection, keys, bucket)
-    return _loaded(keys, bucket, await reading.fetchall())
+    return _loaded(keys, await reading.fetchall())
 
 
 async def beat_many(
@@ -102,30 +102,28 @@ async def renew(
         await send(connection, renewal, {**_arrays(keys, bucket), "at": datetime_of(now)})
         reading = await _send_reading(connection, keys, bucket)
         await connection.execute("COMMIT")
-    return _loaded(keys, bucket, await reading.fetchall())
+    return _loaded(keys, await reading.fetchall())
 
 
 async def _send_reading(
     connection: AsyncConnection[Any], keys: Sequence[ChatKey], bucket: int | None
 ) -> AsyncCursor[Any]:
     if bucket is None:
-        return await send(connection, sql.READ_WANTED, _arrays(keys, bucket))
+        leading = dict(keys)
+        rows = [(bucket_of(user_id), user_id, chat_id, chat_id == leading[user_id]) for user_id, chat_id in keys]
+        return await send(connection, sql.READ_WANTED, sql.arrays("of_", sql.READ_KEY, rows))
     users, chats = zip(*keys, strict=True)
     place = {"in_bucket": bucket, "of_users": sql.array_literal(users), "of_chats": sql.array_literal(chats)}
     return await send(connection, sql.READ_RUNNING_AND_THESE, place)
 
 
-def _loaded(keys: Sequence[ChatKey], bucket: int | None, rows: Sequence[Sequence[Any]]) -> dict[ChatKey, Loaded]:
-    """Put the rows together by what is in their first column: the place of a chat among these, or a user."""
-    groups: dict[int | str, list[Sequence[Any]]] = defaultdict(list)
+def _loaded(keys: Sequence[ChatKey], rows: Sequence[Sequence[Any]]) -> dict[ChatKey, Loaded]:
+    """Put the rows together: one account for each user, with all that was read for any of this user's chats."""
+    rows_of: dict[str, list[Sequence[Any]]] = defaultdict(list)
     for row in rows:
-        groups[row[0]].append(row)
-    if bucket is None:
-        placed = ((key, groups.get(place)) for place, key in enumerate(keys, 1))
-    else:
-        # What was read for another chat of the same user is there too; it makes no difference.
-        placed = ((key, groups.get(key[0])) for key in keys)
-    return {key: Loaded(*account_from(key[0], group)) for key, group in placed if group is not None}
+        rows_of[row[0]].append(row)
+    loaded = {user_id: Loaded(*account_from(user_id, of_user)) for user_id, of_user in rows_of.items()}
+    return {key: loaded[key[0]] for key in keys if key[0] in loaded}
 
 
 def _arrays(keys: Sequence[ChatKey], bucket: int | None) -> dict[str, Any]:

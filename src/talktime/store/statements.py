@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     ARRAY,
+    Boolean,
+    Column,
     Integer,
     Select,
     SmallInteger,
@@ -35,7 +37,7 @@ from talktime.store import tables
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sqlalchemy import Cast, Column, ColumnElement, CompoundSelect, Table, Update
+    from sqlalchemy import Cast, ColumnElement, CompoundSelect, Table, Update
     from sqlalchemy.types import TypeEngine
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
@@ -249,19 +251,24 @@ READ_RUNNING_AND_THESE = _reading_of(
 _MY_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USER)
 
 
+READ_KEY = (*CHAT_KEY, Column("leads", Boolean))
+"""Of the chats of a user, one leads: with it come those that run, which are the same for all of them."""
+_read = _unnest("wanted", "of_", READ_KEY)
+
+
 def _chat_of_wanted(*conditions: ColumnElement[bool]) -> Select[Any]:
-    at_place = and_(_chat.c.bucket == _wanted.c.bucket, _chat.c.user_id == _wanted.c.user_id, *conditions)
-    return select(_chat).where(at_place).correlate(_wanted)
+    of_user = and_(_chat.c.bucket == _read.c.bucket, _chat.c.user_id == _read.c.user_id, *conditions)
+    return select(_chat).where(of_user).correlate(_read)
 
 
 _of_wanted = union_all(
-    _chat_of_wanted(_IS_RUNNING), _chat_of_wanted(_chat.c.chat_id == _wanted.c.chat_id, ~_IS_RUNNING)
+    _chat_of_wanted(_IS_RUNNING, _read.c.leads), _chat_of_wanted(_chat.c.chat_id == _read.c.chat_id, ~_IS_RUNNING)
 ).lateral("chats")
 
 READ_WANTED = (
     # As `READ_RUNNING_AND_THESE`, over all buckets.
     select(
-        _wanted.c.place,
+        _read.c.user_id.label("of_user"),
         select(_NOW).scalar_subquery().label("now"),
         _account.c.balance,
         _account.c.materialized_through,
@@ -269,14 +276,14 @@ READ_WANTED = (
         _allowance.c.granted_us,
         _allowance.c.used_us,
     )
-    .select_from(_wanted)
-    .join(_account, and_(_account.c.bucket == _wanted.c.bucket, _account.c.user_id == _wanted.c.user_id))
+    .select_from(_read)
+    .join(_account, and_(_account.c.bucket == _read.c.bucket, _account.c.user_id == _read.c.user_id))
     .outerjoin(_of_wanted, true())
     .outerjoin(
         _allowance,
         and_(
-            _allowance.c.bucket == _wanted.c.bucket,
-            _allowance.c.user_id == _wanted.c.user_id,
+            _allowance.c.bucket == _read.c.bucket,
+            _allowance.c.user_id == _read.c.user_id,
             _allowance.c.advisor_id == _of_wanted.c.advisor_id,
         ),
     )
