@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from talktime.errors import DatabaseUnavailable, TalktimeError
-from talktime.meter.reading import Reading, read
+from talktime.meter.advance import advance
+from talktime.meter.state import Account, ChatState
 from talktime.operations import Service, heartbeat_at_length
-from talktime.store.batches import ChatKey, beat_many
+from talktime.store.batches import ChatKey, Loaded, beat_many
 
 if TYPE_CHECKING:
     from talktime.store.database import Line
@@ -21,8 +22,8 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-Beaten: TypeAlias = Reading | Exception
-"""What became of a heartbeat: the chat's reading, or why there is none."""
+Beaten: TypeAlias = ChatState | Exception
+"""What became of a heartbeat: the chat's state now, or why there is none."""
 
 ITEMS_AT_ONCE = 500
 USERS_AT_ONCE = 8
@@ -84,13 +85,22 @@ async def _beat_chunk(service: Service, line: Line, found: dict[ChatKey, Beaten]
         # One of them is the reason. Each by itself, it shows which, and the others get their answers.
         log.exception("a batch of heartbeats failed; they go singly")
     else:
-        found.update({key: read(loaded.account, key[1], loaded.now) for key, loaded in beaten.items()})
+        found.update(_states(beaten))
+
+
+def _states(beaten: Mapping[ChatKey, Loaded]) -> dict[ChatKey, ChatState]:
+    """Return what the chats do now. Nothing is foretold, for no reading is asked for; a user's share an account."""
+    views: dict[str, Account] = {}
+    for (user_id, _), (account, now) in beaten.items():
+        if user_id not in views:
+            views[user_id] = advance(account, max(now, account.at))
+    return {(user_id, chat_id): views[user_id].chats[chat_id].state for user_id, chat_id in beaten}
 
 
 async def _beat_singly(service: Service, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
     for key in keys:
         try:
-            found[key] = await heartbeat_at_length(service, *key)
+            found[key] = (await heartbeat_at_length(service, *key)).state
         except TalktimeError as error:
             found[key] = error
         except Exception as error:

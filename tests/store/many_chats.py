@@ -65,7 +65,7 @@ def beat_ten(service: Service, keys: Keys) -> list[asyncio.Task[Any]]:
     return [*singly, asyncio.create_task(beat_in_a_request(service, keys[5:]))]
 
 
-async def beat_in_a_request(service: Service, keys: Keys) -> Sequence[Reading | Exception]:
+async def beat_in_a_request(service: Service, keys: Keys) -> Sequence[beats.Beaten]:
     """Beat these chats in one request; what is told of the request as a whole is told of each."""
     try:
         return await beats.heartbeats(service, keys)
@@ -74,8 +74,13 @@ async def beat_in_a_request(service: Service, keys: Keys) -> Sequence[Reading | 
 
 
 def ten_answers(found: Sequence[Any]) -> list[Any]:
-    """Return what `beat_ten` found for each chat."""
-    return [*found[:-1], *found[-1]]
+    """Return what `beat_ten` found for each chat: its state, or why there is none."""
+    return [*map(state_of, found[:-1]), *found[-1]]
+
+
+def state_of(answer: Any) -> Any:  # noqa: ANN401 - what becomes of a heartbeat, alone or in a request
+    """Return the state in a reading; what is none stays as it is."""
+    return answer.state if isinstance(answer, Reading) else answer
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------

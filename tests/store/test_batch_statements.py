@@ -79,7 +79,7 @@ async def test_a_request_of_many_heartbeats_is_a_few_batches(database_url: URL, 
         with sent() as (statements, ends):
             answers = await beats.heartbeats(service, keys[::-1])
         assert [9, 3] == [len(statements), len(ends)]
-        assert keys[::-1] == [(a.user_id, a.chat_id) for a in answers if isinstance(a, Reading)]
+        assert ["running"] * 1_200 == answers
         with connect(database_url) as connection:
             query = "SELECT count(*) FROM chat WHERE last_heartbeat_at = %s"
             assert (1_200,) == connection.execute(query, [datetime_of(clock.now)]).fetchone()

@@ -70,6 +70,7 @@ from talktime.errors import (
     WrongAdvisor,
 )
 from talktime.meter.reading import Reading
+from talktime.meter.state import ChatState
 from talktime.operations import Service
 from talktime.settings import UserMay
 
@@ -85,10 +86,10 @@ def _shown(request: ApiRequest, reading: Reading) -> ReadingBody:
     return reading_body(reading, request.app.state["heartbeat_us"])
 
 
-def _beat_result(beaten: Reading | Exception | None) -> BeatResult:
+def _beat_result(beaten: beats.Beaten | None) -> BeatResult:
     """Write what became of a heartbeat, or of one whose ids are none."""
-    if isinstance(beaten, Reading):
-        return BeatResult(200, beaten.state.value, beaten.accruing)
+    if isinstance(beaten, ChatState):
+        return BeatResult(200, beaten.value, beaten is ChatState.RUNNING)
     kind = INVALID_INPUT if beaten is None else kind_of(beaten)
     reading = getattr(beaten, "reading", None)
     return BeatResult(kind.status, None if reading is None else reading.state.value, code=kind.code)
