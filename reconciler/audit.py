@@ -15,7 +15,8 @@ chat            `elapsed_us`, `free_us`, `cost`: from its segments and the open 
                 sign of life and is in the `revision`. `state`: fits these, lease and abandonment, and what the balance
                 can pay. `last_heartbeat_at`, `lease_us`, `abandon_after_us`: fit state and stop. `started_at`: no later
                 than its first segment. `revision`: at least what its history takes. `advisor_id`: the segments'.
-                `opened_at`, its tariff: no overlap, and by the totals. Not known: `start_key`, earlier leases.
+                `opened_at`, its tariff: no overlap, and by the totals. `exhausts_at`: while it runs, no later than the
+                first of the account's clocks can stop for want of credits. Not known: `start_key`, earlier leases.
 segment         `free_us`, `paid_us`: the seniors take free ticks first. `cost`: priced again. `count_us`: goes on.
                 `started_at`, `ended_at`: the time between is the free and the paid time, none overlap, and the ledger
                 knows both. `reason`: `exhausted` only when the balance could not pay; `switched` only when another
@@ -48,8 +49,9 @@ from reconciler.differences import Findings, instant
 from reconciler.ledger import LedgerLaws
 from reconciler.replay import Pair, Replay, Stretch, closed, still_open
 from talktime.errors import DatabaseUnavailable
-from talktime.meter.state import RESUMABLE
+from talktime.meter.state import RESUMABLE, Account
 from talktime.meter.units import format_credits
+from talktime.store.exhaustion import first_exhaustion
 from talktime.store.history import AccountRow, Histories, load_accounts, load_buckets, open_histories
 from talktime.store.tables import bucket_of
 
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from talktime.meter.state import Allowance
+    from talktime.meter.state import Allowance, Chat
     from talktime.store.database import Database
     from talktime.store.ledger import LedgerEntry
 
@@ -193,21 +195,23 @@ async def _check(account: AccountRow, histories: Histories) -> Findings:
         name = f"chat {switched.chat_id!r}: segment of {instant(switched.started_at)}: reason"
         findings.add(name, "switched", "another: no other chat was started then", switched.ended_at)
     _account(account, chats, max(chats.latest, ledger.latest), findings)
+    _exhaustion(account, chats, allowances, findings)
     return findings
 
 
 @dataclass(slots=True)
 class _Chats:
-    """What an account's chats add up to."""
+    """What an account's chats add up to; those that run, with when their credits are said to run out."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     open: list[Stretch] = field(default_factory=list)
+    running: list[tuple[Chat, int | None]] = field(default_factory=list)
     abandoned_at: int | None = None
     began_at: int | None = None
     latest: int = 0
     unseen: bool = False
 
-    def add(self, laws: ChatLaws) -> None:
+    def add(self, laws: ChatLaws, exhausts_at: int | None) -> None:
         """Add a chat that was checked."""
         chat = laws.chat
         pair = self.pairs.setdefault(chat.advisor_id, Pair(chat.started_at))
@@ -216,6 +220,7 @@ class _Chats:
         pair.paid = pair.paid or laws.paid
         if chat.opened_at is not None:
             self.open.append(still_open(chat, chat.opened_at, laws.at))
+            self.running.append((chat, exhausts_at))
         if chat.state in RESUMABLE:
             self.abandoned_at = _earliest(self.abandoned_at, chat.abandoned_at)
         self.began_at = _earliest(self.began_at, chat.started_at)
@@ -236,7 +241,8 @@ async def _chats(account: AccountRow, histories: Histories, ledger: LedgerLaws, 
     """Check the chats with their segments, and side by side with these, in the same order, the charges for them."""
     chats = _Chats()
     charge = await histories.charges.next(account.user_id)
-    while (chat := await histories.chats.next(account.user_id)) is not None:
+    while (row := await histories.chats.next(account.user_id)) is not None:
+        chat, exhausts_at = row
         laws = ChatLaws(chat, account.at, findings)
         while (segment := await histories.segments.next((account.user_id, chat.chat_id))) is not None:
             place = segment.chat_id, segment.started_at
@@ -250,7 +256,7 @@ async def _chats(account: AccountRow, histories: Histories, ledger: LedgerLaws, 
                 ledger.charge(None, segment)
             laws.segment(segment)
         laws.finish()
-        chats.add(laws)
+        chats.add(laws, exhausts_at)
     while charge is not None:
         ledger.charge(charge, None)
         charge = await histories.charges.next(account.user_id)
@@ -313,3 +319,19 @@ def _account(account: AccountRow, chats: _Chats, latest: int, findings: Findings
     if account.due_at != chats.due_at:
         stored, derived = (None if at is None else instant(at) for at in (account.due_at, chats.due_at))
         findings.add("due_at", stored, derived, account.at)
+
+
+def _exhaustion(account: AccountRow, chats: _Chats, allowances: dict[str, Allowance], findings: Findings) -> None:
+    """Check that no running chat is said to have credits for longer than it certainly has; sooner does no harm."""
+    if any(chat.advisor_id not in allowances for chat, _ in chats.running):
+        return
+    running = {chat.chat_id: chat for chat, _ in chats.running}
+    derived = first_exhaustion(Account(account.user_id, account.at, account.balance, allowances, running))
+    for chat, stored in chats.running:
+        if stored is not None and stored > derived:
+            findings.add(
+                f"chat {chat.chat_id!r}: exhausts_at",
+                instant(stored),
+                f"at most {instant(derived)}",
+                chat.opened_at or 0,
+            )

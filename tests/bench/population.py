@@ -75,12 +75,15 @@ _FILL = {
                CASE WHEN is_free THEN 0 ELSE total_us END
         FROM (SELECT * FROM bench_user ORDER BY number) AS ordered, generate_series(1, %(chats)s) AS old,
              LATERAL (SELECT %(segments)s * %(segment_us)s::bigint AS total_us) AS sums""",
-    "running chats": """
+    "running chats": f"""
         INSERT INTO chat (bucket, user_id, chat_id, advisor_id, state, rate, first_us, increment_us, lease_us,
                           abandon_after_us, last_heartbeat_at, started_at, revision, opened_at,
-                          opened_count_us, count_us, elapsed_us, free_us, cost)
+                          opened_count_us, count_us, elapsed_us, free_us, cost, exhausts_at)
         SELECT bucket, user_id, %(chat)s, advisor_id, 'running', %(rate)s, 0, 0, %(lease_us)s, %(abandon_us)s,
-               %(now)s, %(now)s, 1, %(now)s, 0, 0, 0, 0, 0
+               %(now)s, %(now)s, 1, %(now)s, 0, 0, 0, 0, 0,
+               -- A microsecond costs a micro-credit, and first there is what is left of the free time.
+               %(now)s + (%(purchase)s + CASE WHEN is_free THEN %(granted_us)s ELSE 0 END - {_OLD} * %(segment_us)s)
+                         * interval '1 us'
         FROM bench_user ORDER BY number""",
     "segments": f"""
         INSERT INTO segment (bucket, user_id, chat_id, started_at, ended_at, advisor_id, reason, rate, first_us,

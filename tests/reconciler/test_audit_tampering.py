@@ -139,6 +139,8 @@ TAMPERINGS = [
     (_chat("stop_reason = 'lapsed'", "refused"), "chat 'refused': stop_reason"),
     (_chat("stop_reason = 'lapsed'", "ended"), "chat 'ended': stop_reason"),
     (_chat("stop_reason = 'exhausted'", "left"), "chat 'left': stop_reason"),
+    (_chat("exhausts_at = exhausts_at + interval '1us'", "running"), "chat 'running': exhausts_at"),
+    (_account("balance = balance - 1"), "chat 'running': exhausts_at"),
     (_chat(f"opened_at = opened_at + {SECOND}", "running"), "chat 'running': elapsed_us"),
     (_chat("opened_at = opened_at - interval '5min'", "running"), "chat 'running': started_at"),
     # chat: its totals
@@ -237,6 +239,8 @@ def test_a_row_in_another_bucket_is_found(legal: URL) -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        pytest.param(_chat("exhausts_at = NULL", "running"), id="it is not known"),
+        pytest.param(_chat("exhausts_at = exhausts_at - interval '1us'", "running"), id="beats look closer, no more"),
         pytest.param(_chat("start_key = 'other'", "abandoned"), id="a key says nothing of what came with it"),
         pytest.param(_entry("idempotency_key = 'other'", 1), id="nor does this one"),
         pytest.param(_chat("revision = revision + 1", "left"), id="refreshes and lost answers count too"),

@@ -143,12 +143,14 @@ async def test_a_database_that_is_behind_others_of_its_server_is_served_as_befor
     database_url: URL, alembic: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The role is there, made for another database of the server; its privileges here are not.
-    alembic.attributes["url"] = database_url
-    command.downgrade(alembic, "0002")
+    with connect(database_url) as admin:
+        admin.execute(f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {APPLICATION_ROLE}")
     async with open_service(database_url) as service:
         await operations.start(service, "u1", "c1", advisor_id="a1", key=None)
         await operations.ready(service)
     assert "`talktime migrate`" in caplog.text
+    alembic.attributes["url"] = database_url
+    command.downgrade(alembic, "0002")
     upgrade(database_url)
     assert await _whoami(database_url) == APPLICATION_ROLE
 

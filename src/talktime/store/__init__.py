@@ -4,6 +4,7 @@
 ``schema``     bringing a database to the newest schema
 ``database``   engine, transactions, retries, the translation of driver errors
 ``accounts``   account states: locked for a change, saved, or read in one snapshot
+``exhaustion`` until when running clocks are sure of their credits
 ``ledger``     ledger entries, segments and rate cards
 ``history``    everything that is stored of an account, for those who check it
 ``operators``  reads over all users, for the console; and the reconciler's passes

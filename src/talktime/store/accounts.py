@@ -16,6 +16,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_or_nothing
 from talktime.meter.state import RESUMABLE, Account, Allowance, Chat, ChatState, StopReason, Tariff
 from talktime.store import statements as sql
 from talktime.store import tables
+from talktime.store.exhaustion import first_exhaustion
 from talktime.store.ledger import LedgerEntry, entries_of, insert_history
 from talktime.store.sending import driver_of, send
 from talktime.store.tables import bucket_of, datetime_of
@@ -33,11 +34,15 @@ _CHAT_BEGINS = 4
 
 
 class Stored(NamedTuple):
-    """An account as it is stored, the number of its next ledger entry, and from when a pass has something to write."""
+    """An account as it is stored, the number of its next ledger entry, and from when a pass has something to write.
+
+    `exhausts_at` is what is stored of each of its chats (`first_exhaustion`).
+    """
 
     account: Account
     next_entry: int
     due_at: int | None
+    exhausts_at: Mapping[str, int | None]
 
     @property
     def booked(self) -> int:
@@ -118,11 +123,13 @@ async def lock_chats(
     else:
         locking = await send(driver, sql.LOCK_LIVE_CHATS_AND_ONE, {**place, "of_chat": chat_id})
     chats_of: dict[str, dict[str, Chat]] = {user_id: {} for user_id in user_ids}
+    exhaustions_of: dict[str, dict[str, int | None]] = {user_id: {} for user_id in user_ids}
     # The clock is to be had even where there is no allowance: the first account stands there in any case.
     pairs: set[tuple[str, str | None]] = {(user_ids[0], advisor_id)}
     for row in await locking.fetchall():
         chat = chat_from(row)
         chats_of[row[1]][chat.chat_id] = chat
+        exhaustions_of[row[1]][chat.chat_id] = row[-1]
         pairs.add((row[1], chat.advisor_id))
     # The clock is read only now, under all locks: an instant read before waiting for them would lie in the past of
     # what the others did meanwhile. Allowances have no lock of their own; the account's is theirs.
@@ -133,7 +140,12 @@ async def lock_chats(
         if advisor is not None:
             allowances_of[user_id][advisor] = Allowance(granted_us, used_us)
     stored = [
-        Stored(Account(user_id, at, balance, allowances_of[user_id], chats_of[user_id]), next_entry, due_at)
+        Stored(
+            Account(user_id, at, balance, allowances_of[user_id], chats_of[user_id]),
+            next_entry,
+            due_at,
+            exhaustions_of[user_id],
+        )
         for _, user_id, balance, at, next_entry, due_at in (row[:_ACCOUNT_COLUMNS] for row in accounts)
     ]
     now: int = rows[0][0]
@@ -187,18 +199,37 @@ def _chats_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) -> tu
     changed: Rows = []
     grown: Rows = []
     for stored, after in changes:
+        running_on: list[Chat] = []
+        others: list[Chat] = []
         for chat_id, chat in after.chats.items():
             before = stored.account.chats.get(chat_id)
-            if before is None:
-                new.append(_row_of(bucket, after.user_id, chat))
-            elif chat is before:
-                continue
-            elif _has_only_grown(before, chat):
-                grown.append((after.user_id, chat_id, chat.count_us, chat.elapsed_us, chat.free_us, chat.cost))
+            if before is not None and _has_only_grown(before, chat):
+                running_on.append(chat)
+            elif chat is not before:
+                others.append(chat)
+        exhausts_at = _exhaustion_to_save(stored, after, running_on, others)
+        for chat in running_on:
+            if stored.exhausts_at[chat.chat_id] == exhausts_at:
+                grown.append((after.user_id, chat.chat_id, chat.count_us, chat.elapsed_us, chat.free_us, chat.cost))
             else:
-                row = _row_of(bucket, after.user_id, chat)
+                others.append(chat)
+        for chat in others:
+            row = _row_of(bucket, after.user_id, chat, exhausts_at)
+            if chat.chat_id in stored.account.chats:
                 changed.append([row[column.name] for column in sql.UPDATE_CHATS.columns])
+            else:
+                new.append(row)
     return new, changed, grown
+
+
+def _exhaustion_to_save(
+    stored: Stored, after: Account, running_on: Sequence[Chat], others: Sequence[Chat]
+) -> int | None:
+    """Return when credits run out first. Time alone leaves that as it was, so most passes need not find it out."""
+    if others or after.journal:
+        return first_exhaustion(after)
+    known = {stored.exhausts_at[chat.chat_id] for chat in running_on}
+    return known.pop() if len(known) == 1 and None not in known else first_exhaustion(after)
 
 
 def _allowances_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) -> tuple[NewRows, Rows]:
@@ -315,7 +346,7 @@ async def load_due(connection: AsyncConnection) -> tuple[dict[int, int], int, in
 
 
 def chat_from(row: Sequence[Any]) -> Chat:
-    """Return the value of a row of `chat`: of all its columns in their order, and no others."""
+    """Return the value of a row of `chat`: of all its columns in their order. What is foretold is no part of it."""
     _, _, chat_id, advisor_id, state, rate, first_us, increment_us, lease_us, abandon_after_us = row[:10]
     last_heartbeat_at, started_at, revision, start_key, stopped_at, reason = row[10:16]
     return Chat(
@@ -331,7 +362,7 @@ def chat_from(row: Sequence[Any]) -> Chat:
         start_key,
         stopped_at,
         None if reason is None else _REASONS[reason],
-        *row[16:],
+        *row[16:22],
     )
 
 
@@ -339,8 +370,8 @@ _STATES = {str(state): state for state in ChatState}
 _REASONS = {str(reason): reason for reason in StopReason}
 
 
-def _row_of(bucket: int, user_id: str, chat: Chat) -> dict[str, Any]:
-    """Return the row of `chat` that `chat_from` reads."""
+def _row_of(bucket: int, user_id: str, chat: Chat, exhausts_at: int | None) -> dict[str, Any]:
+    """Return the row of `chat` that `chat_from` reads, and with it, if the chat runs, when its credits run out."""
     values = chat._asdict()
     rate, first_us, increment_us = values.pop("tariff")
     return {
@@ -352,4 +383,5 @@ def _row_of(bucket: int, user_id: str, chat: Chat) -> dict[str, Any]:
         "first_us": first_us,
         "increment_us": increment_us,
         "stop_reason": None if chat.stop_reason is None else str(chat.stop_reason),
+        "exhausts_at": None if chat.opened_at is None else exhausts_at,
     }

@@ -110,13 +110,14 @@ class Rows(Generic[T]):
 class Histories:
     """All that is stored of a batch of accounts, by user id, each in the order in which it is to be read.
 
-    `chats` are by chat id; `segments`, keyed by user and chat, by their beginning; `charges`, the ledger's lines for
-    segments, by chat and segment; `entries`, all of its lines, by number. `timeline` are the segments again, in the
-    order in which they began, and `credits` the instants and amounts of all entries but charges.
+    `chats` are by chat id, each with the instant until which its row says that credits last; `segments`, keyed by user
+    and chat, by their beginning; `charges`, the ledger's lines for segments, by chat and segment; `entries`, all of its
+    lines, by number. `timeline` are the segments again, in the order in which they began, and `credits` the instants
+    and amounts of all entries but charges.
     """
 
     allowances: Rows[tuple[str, Allowance]]
-    chats: Rows[Chat]
+    chats: Rows[tuple[Chat, int | None]]
     segments: Rows[Segment]
     charges: Rows[LedgerEntry]
     entries: Rows[LedgerEntry]
@@ -167,7 +168,7 @@ async def open_histories(
 
         yield Histories(
             await rows(_ALLOWANCES, lambda row: (row.advisor_id, Allowance(row.granted_us, row.used_us)), "user_id"),
-            await rows(_CHATS, chat_from, "user_id"),
+            await rows(_CHATS, lambda row: (chat_from(row), row.exhausts_at), "user_id"),
             await rows(_SEGMENTS, segment_from, "user_id", "chat_id"),
             await rows(_CHARGES, entry_from, "user_id"),
             await rows(_ENTRIES, entry_from, "user_id"),

@@ -148,6 +148,9 @@ chat = Table(
     _number("elapsed_us"),
     _number("free_us"),
     _number("cost"),
+    # Of a running chat: before this instant none of its user's clocks stops for want of credits. Null where that is not
+    # known. It is the same in all of them, and stands here so that a heartbeat needs no other row.
+    _instant("exhausts_at", nullable=True),
     PrimaryKeyConstraint("bucket", "user_id", "chat_id"),
     ForeignKeyConstraint(["bucket", "user_id"], ["account.bucket", "account.user_id"]),
     CheckConstraint("state IN ('running', 'lapsed', 'paused', 'exhausted', 'abandoned', 'ended')", name="state"),
