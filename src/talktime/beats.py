@@ -13,7 +13,7 @@ from talktime.errors import DatabaseUnavailable, TalktimeError
 from talktime.meter.advance import advance
 from talktime.meter.state import Account, ChatState
 from talktime.operations import Service, heartbeat_at_length
-from talktime.store.batches import ChatKey, Loaded, beat_many
+from talktime.store.batches import ChatKey, Loaded, keep_running
 
 if TYPE_CHECKING:
     from talktime.store.database import Line
@@ -78,7 +78,7 @@ async def _share(work: Iterable[T], workers: Sequence[Callable[[T], Coroutine[An
 
 async def _beat_chunk(service: Service, line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
     try:
-        beaten = await service.batch(line, beat_many, keys)
+        beaten = await service.batch(line, keep_running, keys)
     except DatabaseUnavailable as error:
         found.update(dict.fromkeys(keys, error))
     except Exception:
@@ -88,13 +88,16 @@ async def _beat_chunk(service: Service, line: Line, found: dict[ChatKey, Beaten]
         found.update(_states(beaten))
 
 
-def _states(beaten: Mapping[ChatKey, Loaded]) -> dict[ChatKey, ChatState]:
+def _states(beaten: Mapping[ChatKey, Loaded | None]) -> dict[ChatKey, ChatState]:
     """Return what the chats do now. Nothing is foretold, for no reading is asked for; a user's share an account."""
+    found = dict.fromkeys(beaten, ChatState.RUNNING)
     views: dict[str, Account] = {}
-    for (user_id, _), (account, now) in beaten.items():
-        if user_id not in views:
-            views[user_id] = advance(account, max(now, account.at))
-    return {(user_id, chat_id): views[user_id].chats[chat_id].state for user_id, chat_id in beaten}
+    for (user_id, chat_id), loaded in beaten.items():
+        if loaded is not None:
+            if user_id not in views:
+                views[user_id] = advance(loaded.account, max(loaded.now, loaded.account.at))
+            found[user_id, chat_id] = views[user_id].chats[chat_id].state
+    return found
 
 
 async def _beat_singly(service: Service, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:

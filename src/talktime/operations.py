@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import text
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from talktime.store.database import Database, Line
     from talktime.store.ledger import LedgerEntry
 
+T = TypeVar("T")
 
 LINES = 2
 """While one batch of a request waits for the database, the other is read."""
@@ -68,10 +69,10 @@ class Service:
         """Renews the leases of chats whose clocks run, and loads what their readings need."""
         return Batcher(partial(self.batch, self.database.line(), batches.beat_many))
 
-    async def batch(self, line: Line, work: BatchWork, keys: Sequence[ChatKey]) -> dict[ChatKey, Loaded]:
+    async def batch(self, line: Line, work: BatchWork[T], keys: Sequence[ChatKey]) -> dict[ChatKey, T]:
         """Do the work of a batch on a line."""
 
-        async def run(driver: Driver[Any]) -> dict[ChatKey, Loaded]:
+        async def run(driver: Driver[Any]) -> dict[ChatKey, T]:
             if self.database.on_citus:
                 return await batches.by_bucket(work, driver, keys)
             return await work(driver, keys)

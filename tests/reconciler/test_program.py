@@ -180,8 +180,8 @@ async def test_a_row_that_somebody_holds_does_not_hold_up_its_neighbours(databas
 
         async def hold(connection: AsyncConnection) -> subprocess.CompletedProcess[str]:
             key = "u3", "c"
-            held, _ = await lock_beating(connection, [key])
-            assert [key] == held
+            locked = await lock_beating(connection, [key])
+            assert [key] == locked.alive
             return await asyncio.to_thread(_run, database_url)
 
         done = await service.database.line().run(hold)

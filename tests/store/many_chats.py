@@ -170,10 +170,10 @@ def end_sessions(connection: psycopg.Connection, condition: str = "true") -> lis
 
 @contextmanager
 def undecodable(url: URL, user_id: str) -> Iterator[None]:
-    """Let a user's running chats have stopped for a reason that there is not."""
+    """Let a user's running chats, of which it is not known whether they have credits, have stopped for no reason."""
     with connect(url) as connection:
         for name in ("ck_chat_stop_reason", "ck_chat_stopped_for_a_reason"):
             connection.execute(sql.SQL("ALTER TABLE chat DROP CONSTRAINT {}").format(sql.Identifier(name)))
-        connection.execute("UPDATE chat SET stop_reason = 'vanity' WHERE user_id = %s", [user_id])
+        connection.execute("UPDATE chat SET stop_reason = 'vanity', exhausts_at = NULL WHERE user_id = %s", [user_id])
         yield
         connection.execute("UPDATE chat SET stop_reason = NULL WHERE user_id = %s", [user_id])

@@ -51,8 +51,8 @@ async def test_between_lock_and_commit_a_beating_chat_is_locked_and_its_account_
         await operations.pause(service, "v", "c")
 
         async def beat(connection: psycopg.AsyncConnection[Any]) -> None:
-            alive, now = await batches.lock_beating(connection, [("v", "c"), ("u", "c")])
-            assert ([("u", "c")], clock.now) == (alive, now)
+            locked = await batches.lock_beating(connection, [("v", "c"), ("u", "c")])
+            assert ([("u", "c")], [], clock.now) == locked[:3]
             with connect(database_url) as other:
                 with pytest.raises(psycopg.errors.LockNotAvailable):
                     other.execute("SELECT FROM chat WHERE user_id = 'u' FOR NO KEY UPDATE NOWAIT")
@@ -61,7 +61,7 @@ async def test_between_lock_and_commit_a_beating_chat_is_locked_and_its_account_
                 other.execute("SELECT FROM chat WHERE user_id = 'v' FOR UPDATE NOWAIT")
                 other.execute("SELECT FROM chat WHERE user_id = 'u' FOR KEY SHARE NOWAIT")
             clock.tick(30)
-            assert [("u", "c")] == list(await batches.renew(connection, alive, now))
+            assert [("u", "c")] == list(await batches.renew(connection, locked, reading=locked.alive))
             with connect(database_url) as other:
                 other.execute("SELECT FROM chat FOR UPDATE NOWAIT")
 

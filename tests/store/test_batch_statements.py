@@ -13,9 +13,11 @@ from talktime import beats, operations
 from talktime.batching import ITEMS_MAX
 from talktime.errors import ChatNotFound
 from talktime.meter.reading import Reading
+from talktime.store.sending import text_of
+from talktime.store.statements import READ_WANTED
 from talktime.store.tables import datetime_of
 from tests.database import Clock, connect
-from tests.driver import watched
+from tests.driver import Parameters, watched
 from tests.store.many_chats import TINY, beats_at, copy_user, everything, start
 from tests.support import FREE_OF_CHARGE, open_service
 
@@ -78,11 +80,47 @@ async def test_a_request_of_many_heartbeats_is_a_few_batches(database_url: URL, 
         clock.tick(10)
         with sent() as (statements, ends):
             answers = await beats.heartbeats(service, keys[::-1])
-        assert [9, 3] == [len(statements), len(ends)]
+        # Their rows say that they have credits, and nothing else is looked at.
+        assert [6, 3] == [len(statements), len(ends)]
         assert ["running"] * 1_200 == answers
         with connect(database_url) as connection:
             query = "SELECT count(*) FROM chat WHERE last_heartbeat_at = %s"
             assert (1_200,) == connection.execute(query, [datetime_of(clock.now)]).fetchone()
+
+
+async def test_in_a_request_only_those_accounts_are_read_whose_credits_may_have_run_out(
+    database_url: URL, clock: Clock
+) -> None:
+    async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
+        await start(service, "u0")
+        keys = [(f"u{n}", "c") for n in range(20)]
+        copy_user(database_url, "u0", [user_id for user_id, _ in keys[1:]])
+        await beats.heartbeats(service, keys)  # opens a connection
+        clock.tick(10)
+        with connect(database_url) as connection:
+            connection.execute("UPDATE chat SET exhausts_at = NULL WHERE user_id = 'u3'")
+            for user_id, exhausts_at in (("u5", clock.now - 1), ("u7", clock.now), ("u9", clock.now + 1)):
+                change = "UPDATE chat SET exhausts_at = %s WHERE user_id = %s"
+                connection.execute(change, [datetime_of(exhausts_at), user_id])
+        with sent() as (statements, ends), reading_of_users() as read:
+            assert ["running"] * 20 == await beats.heartbeats(service, keys)
+        assert [3, 1] == [len(statements), len(ends)]
+        assert ['"u3"', '"u5"', '"u7"'] == sorted(read)
+        assert {clock.now} == beats_at(database_url, keys)
+
+
+@contextmanager
+def reading_of_users() -> Iterator[list[str]]:
+    """Yield the users whose accounts are read by the batch in the block, as they are written in the statement."""
+    users: list[str] = []
+
+    def on_statement(_connection: object, statement: str, parameters: Parameters) -> None:
+        if statement == text_of(READ_WANTED):
+            assert isinstance(parameters, dict)
+            users.extend(parameters["of_user_id"].strip("{}").split(","))
+
+    with watched(on_statement):
+        yield users
 
 
 async def test_a_heartbeat_of_a_running_chat_changes_nothing_but_when_it_was(database_url: URL, clock: Clock) -> None:

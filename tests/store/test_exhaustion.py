@@ -24,7 +24,7 @@ from talktime.store import accounts, statements
 from talktime.store.exhaustion import LATEST_US, first_exhaustion
 from talktime.store.sending import text_of
 from tests.database import Clock, Databases, connect, simulated_clock
-from tests.driver import watched
+from tests.driver import Parameters, watched
 from tests.meter.histories import BLOCKS, CHATS, RATES, Card, Settings, Step, cards, histories, settings_in_force
 from tests.store.many_chats import TINY, copy_user, start
 from tests.support import FREE_OF_CHARGE, audit_lines, open_service
@@ -192,7 +192,7 @@ async def test_what_makes_it_earlier_or_later_is_written_to_all_that_run(databas
 async def test_a_pass_writes_it_where_it_is_not_known_and_nowhere_else(database_url: URL, clock: Clock) -> None:
     rows: list[str] = []
 
-    def on_statement(_connection: object, statement: str, parameters: object) -> None:
+    def on_statement(_connection: object, statement: str, parameters: Parameters) -> None:
         if statement == text_of(statements.UPDATE_CHATS.statement):
             assert isinstance(parameters, dict)
             rows.append(parameters["new_user_id"])

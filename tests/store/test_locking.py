@@ -76,11 +76,11 @@ async def test_a_beat_in_flight_is_not_lost_to_a_pass_that_would_close_the_segme
         clock.set(began + 90)
 
         async def beat(connection: psycopg.AsyncConnection) -> asyncio.Task[int]:
-            alive, now = await lock_beating(connection, [("u", "c")])
+            locked = await lock_beating(connection, [("u", "c")])
             clock.set(began + 150)  # past the lease of 100, unless the beat counts
             passing = asyncio.create_task(_pass(service))
             await until_blocked(database_url)
-            await renew(connection, alive, now)
+            await renew(connection, locked, reading=locked.alive)
             return passing
 
         passing = await service.database.line().run(beat)

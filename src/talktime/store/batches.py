@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from talktime.meter.state import Account
 from talktime.store import statements as sql
@@ -18,6 +18,8 @@ from talktime.store.tables import bucket_of, datetime_of
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection, AsyncCursor
+
+T = TypeVar("T")
 
 ChatKey: TypeAlias = tuple[str, str]
 """A user id and a chat id."""
@@ -30,22 +32,32 @@ class Loaded(NamedTuple):
     now: int
 
 
-class BatchWork(Protocol):
-    """One of the functions below: chats, all of one bucket if there is one given -> what was loaded for them."""
+class Locked(NamedTuple):
+    """Chats whose leases can be renewed, those of them that may have run out of credits, and the instant.
+
+    `sent` are the parameters that name the first.
+    """
+
+    alive: Sequence[ChatKey]
+    unsure: Sequence[ChatKey]
+    now: int
+    sent: dict[str, Any]
+
+
+class BatchWork(Protocol[T]):
+    """One of the functions below: chats, all of one bucket if there is one given -> what was found of each."""
 
     async def __call__(  # noqa: D102 - the class says it
         self, connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
-    ) -> dict[ChatKey, Loaded]: ...
+    ) -> dict[ChatKey, T]: ...
 
 
-async def by_bucket(
-    work: BatchWork, connection: AsyncConnection[Any], keys: Sequence[ChatKey]
-) -> dict[ChatKey, Loaded]:
+async def by_bucket(work: BatchWork[T], connection: AsyncConnection[Any], keys: Sequence[ChatKey]) -> dict[ChatKey, T]:
     """Do the work for one bucket after the other."""
     keys_in: dict[int, list[ChatKey]] = defaultdict(list)
     for key in keys:
         keys_in[bucket_of(key[0])].append(key)
-    found: dict[ChatKey, Loaded] = {}
+    found: dict[ChatKey, T] = {}
     for bucket, those in keys_in.items():
         found |= await work(connection, those, bucket=bucket)
     return found
@@ -69,40 +81,63 @@ async def beat_many(
 
     Left out are chats whose clock does not run or whose lease has ended, and those that somebody holds locked.
     """
-    alive, now = await lock_beating(connection, keys, bucket=bucket)
-    return await renew(connection, alive, now, bucket=bucket)
+    locked = await lock_beating(connection, keys, bucket=bucket)
+    return await renew(connection, locked, reading=locked.alive, bucket=bucket)
+
+
+async def keep_running(
+    connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
+) -> dict[ChatKey, Loaded | None]:
+    """Renew leases as `beat_many` does, and read of whom more is needed than the chat's row to know that it runs.
+
+    Of all others, None says that the clock runs.
+    """
+    locked = await lock_beating(connection, keys, bucket=bucket)
+    read = await renew(connection, locked, reading=locked.unsure, bucket=bucket)
+    return {**dict.fromkeys(locked.alive), **read}
 
 
 async def lock_beating(
     connection: AsyncConnection[Any], keys: Sequence[ChatKey], *, bucket: int | None = None
-) -> tuple[list[ChatKey], int]:
+) -> Locked:
     """Begin a transaction, lock the chats whose leases can be renewed, and read the clock.
 
     What locks in order and skips what is locked waits for nobody; so lock and clock may share a statement.
     """
     lock = sql.LOCK_BEATING_CHATS if bucket is None else sql.LOCK_BEATING_CHATS_IN_BUCKET
+    sent = _arrays(keys, bucket)
     async with connection.pipeline():
         await connection.execute("BEGIN")
-        locking = await send(connection, lock, _arrays(keys, bucket))
+        locking = await send(connection, lock, sent)
     rows = await locking.fetchall()
     # One instant for all: that at which the last of them was locked.
-    now = max((now for _, now, _, _ in rows), default=0)
-    return [keys[place - 1] for place, _, beat_at, lease_us in rows if now < beat_at + lease_us], now
+    now = max((row[1] for row in rows), default=0)
+    alive: list[ChatKey] = []
+    unsure: list[ChatKey] = []
+    for place, _, beat_at, lease_us, exhausts_at in rows:
+        if now < beat_at + lease_us:
+            alive.append(keys[place - 1])
+            if exhausts_at is None or exhausts_at <= now:
+                unsure.append(keys[place - 1])
+    # As a rule it is all of them: then what was written down for the one statement serves for the other.
+    if len(alive) < len(keys):
+        sent = _arrays(alive, bucket) if alive else {}
+    return Locked(alive, unsure, now, sent)
 
 
 async def renew(
-    connection: AsyncConnection[Any], keys: Sequence[ChatKey], now: int, *, bucket: int | None = None
+    connection: AsyncConnection[Any], locked: Locked, *, reading: Sequence[ChatKey], bucket: int | None = None
 ) -> dict[ChatKey, Loaded]:
-    """Renew the leases of locked chats, never backwards; read what their readings need, and commit."""
-    if not keys:
+    """Renew the leases of locked chats, never backwards; read what the readings of some of them need, and commit."""
+    if not locked.alive:
         await connection.execute("COMMIT")
         return {}
     renewal = sql.RENEW_LEASES if bucket is None else sql.RENEW_LEASES_IN_BUCKET
     async with connection.pipeline():
-        await send(connection, renewal, {**_arrays(keys, bucket), "at": datetime_of(now)})
-        reading = await _send_reading(connection, keys, bucket)
+        await send(connection, renewal, {**locked.sent, "at": datetime_of(locked.now)})
+        read = await _send_reading(connection, reading, bucket) if reading else None
         await connection.execute("COMMIT")
-    return _loaded(keys, await reading.fetchall())
+    return {} if read is None else _loaded(reading, await read.fetchall())
 
 
 async def _send_reading(

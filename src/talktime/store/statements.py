@@ -186,7 +186,7 @@ _wanted = _unnest("wanted", "of_", CHAT_KEY, numbered=True)
 _IS_WANTED = and_(*(_chat.c[c.name] == _wanted.c[c.name] for c in CHAT_KEY))
 
 LOCK_BEATING_CHATS = (
-    select(_wanted.c.place, _NOW, _chat.c.last_heartbeat_at, _chat.c.lease_us)
+    select(_wanted.c.place, _NOW, _chat.c.last_heartbeat_at, _chat.c.lease_us, _chat.c.exhausts_at)
     .select_from(_wanted)
     .join(_chat, _IS_WANTED)
     .where(_IS_RUNNING)
