@@ -150,6 +150,14 @@ async def test_an_item_that_fails_fails_those_who_asked_for_it_and_nobody_else()
     assert ["a", "b", "c", "d"] == desk.batches[0]
 
 
+async def test_one_that_fails_among_many_is_found_by_halving(caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk(failing={"c": ValueError("c")})
+    desk.let(10)
+    await told(asking(Batcher(desk.answer), "abcdefgh"))
+    assert ["abcdefgh", "abcd", "ab", "cd", "c", "d", "efgh"] == ["".join(batch) for batch in desk.batches]
+    assert 1 == len(caplog.records)
+
+
 async def test_items_that_fail_each_for_a_reason_of_its_own_are_told_that_one() -> None:
     failing = {item: ValueError(item) for item in "ace"}
     desk = Desk(failing=failing)

@@ -16,7 +16,11 @@ V = TypeVar("V")
 log = logging.getLogger(__name__)
 
 ITEMS_MAX = 500
-WAITING_MAX = 20_000
+WAITING_MAX = 10_000
+"""As many as a process takes connections by default: all of these may ask at once, and are answered.
+
+Where more connections are allowed, those beyond had better come again than wait for longer than there is time.
+"""
 
 
 class Batcher(Generic[K, V]):
@@ -84,7 +88,7 @@ class Batcher(Generic[K, V]):
         finally:
             self._working = None
 
-    async def _serve(self, batch: Mapping[K, Sequence[asyncio.Future[V | None]]]) -> None:
+    async def _serve(self, batch: Mapping[K, Sequence[asyncio.Future[V | None]]], *, halved: bool = False) -> None:
         try:
             answers = await self._answer(list(batch))
         except DatabaseUnavailable as error:
@@ -93,10 +97,13 @@ class Batcher(Generic[K, V]):
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            # One of them made it fail. Each by itself, it fails that one alone.
-            log.exception("a batch of %d failed; its items go singly", len(batch))
-            for item, futures in batch.items():
-                await self._serve({item: futures})
+            # One of them made it fail. By itself, it fails alone.
+            if not halved:
+                log.exception("a batch of %d failed; it is halved until it shows why", len(batch))
+            items = list(batch.items())
+            middle = len(items) // 2
+            await self._serve(dict(items[:middle]), halved=True)
+            await self._serve(dict(items[middle:]), halved=True)
         else:
             for item, futures in batch.items():
                 for future in futures:

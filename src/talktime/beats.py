@@ -27,8 +27,11 @@ Beaten: TypeAlias = ChatState | Exception
 
 ITEMS_AT_ONCE = 500
 USERS_AT_ONCE = 8
-SECONDS_MAX = 8
-"""How long is waited for the database: then what is there is answered, and of the rest that it is not."""
+SECONDS_MAX = 6
+"""How long is waited for the database: then what is there is answered, and of the rest that it is not.
+
+To break a statement off can take the driver 5 s more, and then there is still to be an answer in the server's time.
+"""
 
 
 async def heartbeats(service: Service, keys: Sequence[ChatKey]) -> list[Beaten]:
@@ -76,14 +79,21 @@ async def _share(work: Iterable[T], workers: Sequence[Callable[[T], Coroutine[An
             tasks.create_task(go_on(worker))
 
 
-async def _beat_chunk(service: Service, line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey]) -> None:
+async def _beat_chunk(
+    service: Service, line: Line, found: dict[ChatKey, Beaten], keys: Sequence[ChatKey], *, halved: bool = False
+) -> None:
     try:
         beaten = await service.batch(line, keep_running, keys)
     except DatabaseUnavailable as error:
         found.update(dict.fromkeys(keys, error))
     except Exception:
-        # One of them is the reason. Each by itself, it shows which, and the others get their answers.
-        log.exception("a batch of heartbeats failed; they go singly")
+        if not halved:
+            log.exception("a batch of %d heartbeats failed; it is halved until it shows why", len(keys))
+        # What fails by itself is left to go the full way, and the others get their answers.
+        middle = len(keys) // 2
+        if middle:
+            await _beat_chunk(service, line, found, keys[:middle], halved=True)
+            await _beat_chunk(service, line, found, keys[middle:], halved=True)
     else:
         found.update(_states(beaten))
 

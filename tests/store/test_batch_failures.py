@@ -13,8 +13,10 @@ from sqlalchemy.engine import URL
 from talktime import beats, operations
 from talktime.errors import DatabaseUnavailable, TalktimeError
 from talktime.store import batches, database
+from talktime.store.sending import text_of
+from talktime.store.statements import LOCK_ACCOUNT
 from tests.database import Clock, connect
-from tests.driver import watched
+from tests.driver import Parameters, watched
 from tests.store.many_chats import (
     HANGS_AFTER_SECONDS,
     TINY,
@@ -182,6 +184,23 @@ async def test_a_row_that_cannot_be_decoded_fails_its_own_user_and_nobody_else(d
         answers = ten_answers(await asyncio.gather(*beat_ten(service, keys)))
         assert ["running"] * 10 == answers
         assert {clock.now} == beats_at(database_url, keys)
+
+
+async def test_of_a_request_in_which_one_fails_that_one_alone_goes_the_full_way(
+    database_url: URL, clock: Clock
+) -> None:
+    under_lock: list[str] = []
+
+    def on_statement(_connection: object, statement: str, parameters: Parameters) -> None:
+        if statement == text_of(LOCK_ACCOUNT):
+            assert isinstance(parameters, dict)
+            under_lock.append(parameters["of_user"])
+
+    async with open_service(database_url, policy=TINY, card=FREE_OF_CHARGE) as service:
+        keys = await ten_running(service, clock, database_url)
+        with undecodable(database_url, "u4"), watched(on_statement):
+            _check_the_fifth_alone_fails(await beats.heartbeats(service, keys))
+    assert ["u4"] == under_lock
 
 
 def _check_the_fifth_alone_fails(answers: Sequence[Any]) -> None:
