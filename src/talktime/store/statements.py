@@ -66,7 +66,16 @@ def array_literal(values: Iterable[object]) -> str:
 
     To let the driver adapt them one by one would cost several times as much.
     """
-    return "{" + ",".join(map(_element, values)) + "}"
+    elements = list(values)
+    kinds = set(map(type, elements))
+    # Most arrays are of numbers, or of ids in which there is nothing to escape: those need no look at each element.
+    if kinds == {int}:
+        return "{" + ",".join(map(str, elements)) + "}"
+    if kinds == {str}:
+        quoted = '"' + '","'.join(map(str, elements)) + '"'
+        if "\\" not in quoted and quoted.count('"') == 2 * len(elements):
+            return "{" + quoted + "}"
+    return "{" + ",".join(map(_element, elements)) + "}"
 
 
 def arrays(prefix: str, columns: Sequence[Column[Any]], rows: Iterable[Sequence[Any]]) -> dict[str, str]:
