@@ -9,6 +9,7 @@ import pytest
 from litestar import Litestar
 from litestar.testing import TestClient
 
+from talktime.api.many_beats import BEATS_MAX
 from tests.api.requests import ROUTES, Json
 
 PROBLEM = "application/problem+json"
@@ -138,3 +139,11 @@ def test_other_pages_below_are_not_found(client: TestClient[Litestar]) -> None:
     response = client.get("/schema/redoc")
 
     assert (response.status_code, response.headers["content-type"]) == (404, PROBLEM)
+
+
+def test_a_request_of_heartbeats_says_how_many_it_takes(document: Json) -> None:
+    [body] = [schema for name, schema in document["components"]["schemas"].items() if name.endswith("BeatsBody")]
+    beats = body["properties"]["beats"]
+    assert ("array", BEATS_MAX) == (beats["type"], beats.get("maxItems"))
+    description = document["paths"]["/v1/heartbeats"]["post"]["description"]
+    assert "malformed has the result 400" in description

@@ -18,7 +18,8 @@ from sqlalchemy.engine import URL
 from reconciler.sweep import sweep
 from talktime import beats
 from talktime.api import connections
-from talktime.api.bodies import BEATS_BYTES_MAX, BEATS_MAX, BODY_BYTES_MAX
+from talktime.api.bodies import BEATS_BYTES_MAX, BODY_BYTES_MAX
+from talktime.api.many_beats import BEATS_MAX
 from talktime.store import database
 from talktime.store.database import Database
 from tests.api.requests import CHAT, START, Json, fault_of, problem_of
@@ -267,15 +268,14 @@ ONE = '{"user_id": "u1", "chat_id": "c"}'
         (f'{{"beats": {ONE}}}', ("/beats", "array")),
         ('{"beats": null}', ("/beats", "array")),
         (f'{{"beats": [{ONE}], "beat": 1}}', ("/beat", "is not known here")),
-        (f'{{"beats": [{ONE}, null]}}', ("/beats/1", "object")),
-        (f'{{"beats": [{ONE}, {{"user_id": "u1"}}]}}', ("/beats/1", "chat_id")),
-        (f'{{"beats": [{ONE}, {{"user_id": "u1", "chat_id": 5}}]}}', ("/beats/1/chat_id", "str")),
-        (f'{{"beats": [{ONE}, {{"user_id": "u1", "chat_id": "c", "at": 1}}]}}', ("/beats/1", "at")),
         (f'{{"beats": [{ONE}]', ("", "is not JSON")),
-        ('{"beats": [{"user_id": "u1", "chat_id": "\\ud800"}]}', ("", "is not JSON")),
+        (f'{{"beats": [{ONE}, ]}}', ("", "is not JSON")),
+        (f'{{"beats": [{ONE}, NaN]}}', ("", "is not JSON")),
+        (f'[["beats", [{ONE}]]]', ("", "must be a JSON object")),
+        (f'{{"beats": [{ONE}, {{"user_id": u1}}]}}', ("", "is not JSON")),
         (f'{{"beats": [{ONE}], "beats": []}}', ("", "holds a member twice")),
-        ('{"beats": [{"user_id": "u1", "user_id": "u2", "chat_id": "c"}]}', ("", "holds a member twice")),
-        ('{"beats": [{"user_id": "u1", "chat_id": "c", "chat\\u005fid": "d"}]}', ("", "holds a member twice")),
+        (f'{{"beats": [{ONE}], "b\\u0065ats": [1]}}', ("", "holds a member twice")),
+        (f'{{"beats": [{"[" * 100_000}{"]" * 100_000}, {ONE}]}}', ("", "is nested too deeply")),
     ],
 )
 async def test_a_body_that_is_none_is_refused_with_what_is_wrong_and_where_and_nothing_is_done(
@@ -290,6 +290,39 @@ async def test_a_body_that_is_none_is_refused_with_what_is_wrong_and_where_and_n
     assert pointer == fault["pointer"]
     assert words in fault["detail"]
     assert before == everything(database_url)
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [
+        "null",
+        "5",
+        '"u1"',
+        "[]",
+        '[["user_id", "u1"], ["chat_id", "c"]]',
+        "{}",
+        '{"user_id": "u1"}',
+        '{"user_id": "u1", "chat_id": 5}',
+        f'{{"user_id": "u1", "chat_id": {"5" * 10_000}}}',
+        '{"user_id": "u1", "chat_id": null}',
+        '{"user_id": "u1", "chat_id": ["c"]}',
+        '{"user_id": "u1", "chat_id": "c", "at": 1}',
+        '{"user_id": "u1", "chat_id": "\\ud800"}',
+        '{"user_id": "u1", "user_id": "u1", "chat_id": "c"}',
+        '{"user_id": "u1", "chat_id": "c", "chat\\u005fid": "d"}',
+        '{"user_id": "u1", "chat_id": {"beats": 1, "beats": 2}}',
+    ],
+)
+async def test_a_malformed_beat_is_told_so_and_fails_no_other(
+    client: AsyncClient, clock: Clock, database_url: URL, malformed: str
+) -> None:
+    await start(client, "u1")
+    await start(client, "u2")
+    clock.tick(1 * S)
+    content = f'{{"beats": [{malformed}, {json.dumps(beat("u2"))}, {malformed}, {json.dumps(beat("nobody"))}]}}'
+    answer = json_of(await client.post(PATH, content=content.encode(), headers=JSON))
+    assert [BAD, RUNS, BAD, UNKNOWN] == answer["results"]
+    assert (clock.now - 1 * S, clock.now) == (beat_at(database_url, "u1"), beat_at(database_url, "u2"))
 
 
 async def test_what_only_looks_like_a_member_twice_is_an_id_that_is_none(client: AsyncClient) -> None:

@@ -49,6 +49,13 @@ positive_data_acceptance.expected-statuses = ["2xx", "401", "403", "404", "409",
 """
     for path in ("/v1/users/{user_id}/credits", "/v1/users/{user_id}/chats/{chat_id}/start")
 )
+# What is no heartbeat is one that fails: so it is told among the results, of a request that succeeds.
+MALFORMED_BEATS = """
+[[operations]]
+include-path = "/v1/heartbeats"
+[operations.checks]
+negative_data_rejection.expected-statuses = ["200", "400", "401", "403", "408", "413", "415", "429", "5xx"]
+"""
 # A user may look at what is his alone: else all answers were 403.
 OWN = """
 [parameters]
@@ -116,10 +123,15 @@ def examine(service: Running, credential: str, settings: str, *options: str) -> 
 
 
 def test_what_a_service_gets_is_what_the_document_says(service: Running) -> None:
-    assert examine(service, KEY, USED_KEYS, "--max-examples=40") > 1000
+    assert examine(service, KEY, USED_KEYS + MALFORMED_BEATS, "--max-examples=40") > 1000
 
 
 def test_what_a_user_gets_is_what_the_document_says(service: Running) -> None:
     tokens = load_settings(TOKENS).tokens
     assert tokens is not None
-    assert examine(service, mint(tokens, "u1", seconds=SECONDS_MAX), OWN + USED_KEYS, "--max-examples=10") > 400
+    assert (
+        examine(
+            service, mint(tokens, "u1", seconds=SECONDS_MAX), OWN + USED_KEYS + MALFORMED_BEATS, "--max-examples=10"
+        )
+        > 400
+    )

@@ -13,14 +13,15 @@ from collections.abc import Iterable
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 from litestar import Request
 from litestar.exceptions import ClientException, InternalServerException
 from litestar.openapi.spec import OpenAPIType, Schema
-from msgspec import Meta, Struct
+from msgspec import Struct
 
+from talktime.api.many_beats import AnyBeats, Beat, BeatsBody, decode_beats
 from talktime.api.params import ID_RULE, ID_SCHEMA, is_id
 from talktime.api.problems import FAULTS_MAX, FRAMEWORK, Fault, Refusal, refuse_input
 from talktime.meter.state import CreditKind, RateCard, Tariff
@@ -39,7 +40,6 @@ T = TypeVar("T", bound=Struct)
 
 BODY_BYTES_MAX = 64 * 1024
 BEATS_BYTES_MAX = 4 * 1024 * 1024
-BEATS_MAX = 10_000
 BODY_SECONDS_MAX = 10
 """How long a client may take to send its body, once its headers are there."""
 MEMO_LENGTH_MAX = 500
@@ -212,19 +212,6 @@ class StartBody(Struct, frozen=True, forbid_unknown_fields=True):
     advisor_id: Id
 
 
-class Beat(Struct, frozen=True, forbid_unknown_fields=True):
-    """The chat that a heartbeat is for. Ids that are none are told in its result: they do not concern the others."""
-
-    user_id: str
-    chat_id: str
-
-
-class BeatsBody(Struct, frozen=True, forbid_unknown_fields=True):
-    """Heartbeats for many chats."""
-
-    beats: Annotated[list[Beat], Meta(max_length=BEATS_MAX)]
-
-
 BODIES = (AdvisorBody, CreditBody, StartBody, BeatsBody, Beat)
 """All bodies, and what is in them."""
 
@@ -257,7 +244,13 @@ class ApiRequest(Request[Any, Any, Any]):
         media_type, parameters = self.content_type
         if media_type != "application/json" or parameters.get("charset", "utf-8").lower() != "utf-8":
             raise Refusal(*FRAMEWORK[415])
-        return decode_body(self.route_handler.opt["body"], await self.body())
+        shape, raw = self.route_handler.opt["body"], await self.body()
+        if shape is not BeatsBody:
+            return decode_body(shape, raw)
+        beats = decode_beats(raw)
+        if beats is None:
+            raise refuse_input(*_faults(AnyBeats, raw))
+        return beats
 
 
 async def check_no_body(request: Request[Any, Any, Any]) -> None:
@@ -290,17 +283,9 @@ def decode_body(shape: type[T], raw: bytes) -> T:
     # msgspec's errors and UnicodeDecodeError are ValueErrors; deep nesting is a RecursionError.
     except (ValueError, RecursionError):
         raise refuse_input(*_faults(shape, raw)) from None
-    if not (isinstance(body, BeatsBody) and _names_each_once(body, raw)):
-        # msgspec would take the last of two members of one name; with money, neither is meant.
-        json.loads(raw, object_pairs_hook=_check_names)
+    # msgspec would take the last of two members of one name; with money, neither is meant.
+    json.loads(raw, object_pairs_hook=_check_names)
     return body
-
-
-def _names_each_once(body: BeatsBody, raw: bytes) -> bool:
-    """Tell whether heartbeats certainly name no member twice, without going through thousands of them once more."""
-    # Without a backslash all names are in plain letters, and what is in quotes is a name or a whole id.
-    counts = [raw.count(b'"user_id"'), raw.count(b'"chat_id"'), raw.count(b'"beats"')]
-    return b"\\" not in raw and counts == [len(body.beats), len(body.beats), 1]
 
 
 def _check_names(members: list[tuple[str, object]]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from litestar import MediaType, Request, Response, Router, get
@@ -155,6 +155,9 @@ class _InputSchemas(OpenAPISchemaPlugin):
                 for field in fields
             },
         )
+        for field in fields:
+            for meta in getattr(field.type, "__metadata__", ()):  # Litestar does not see how long a list may be
+                cast("Schema", (body.properties or {})[field.encode_name]).max_items = meta.max_length
         body.description = field_definition.annotation.__doc__
         body.additional_properties = False
         return body

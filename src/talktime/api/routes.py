@@ -14,15 +14,14 @@ from litestar.params import JSONBody
 from talktime import beats, operations
 from talktime.api.bodies import (
     BEATS_BYTES_MAX,
-    BEATS_MAX,
     AdvisorBody,
     ApiRequest,
-    BeatsBody,
     CreditBody,
     StartBody,
 )
 from talktime.api.callers import AdvisorCaller, ServiceCaller
 from talktime.api.docs import problems
+from talktime.api.many_beats import BEATS_MAX, BeatsBody
 from talktime.api.params import (
     AdvisorId,
     ChatId,
@@ -261,7 +260,9 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
     status_code=200,
     summary="Keep many chats' clocks running",
     description=f"Up to {BEATS_MAX:,} heartbeats at once, for a gateway that holds the connections of many users. Each "
-    "has a result of its own, with the status that it would have got by itself, and none fails another.",
+    "has a result of its own, with the status that it would have got by itself, and none fails another; one that is "
+    "malformed has the result 400. The request as a whole is refused only where it is no object with a list of "
+    "`beats`, or they are too many.",
     tags=["chats"],
     responses=problems(400, 401, 403, 408, 413, 415, 429, DatabaseUnavailable),
     opt={"body": BeatsBody},
