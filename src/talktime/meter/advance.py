@@ -125,7 +125,7 @@ Stop: TypeAlias = tuple[_Clock, int, Event]
 class _Course:
     """What the passing of time changes in an account: its running clocks in order of seniority, free time, balance."""
 
-    __slots__ = ("_turns", "at", "balance", "clocks", "left")
+    __slots__ = ("_took_free", "_turns", "at", "balance", "clocks", "left")
 
     def __init__(self, account: Account) -> None:
         running = [chat for chat in account.chats.values() if chat.opened_at is not None]
@@ -136,6 +136,7 @@ class _Course:
         self.balance = account.balance
         self.at = account.at
         self._turns: _Turns | None = None
+        self._took_free = False
 
     def advanced(self, account: Account, to: int) -> Account:
         """Let time pass until the instant `to`, and return the account that this is the course of as it is then."""
@@ -152,7 +153,8 @@ class _Course:
         for chat_id, chat in chats.items():
             if chat.state in RESUMABLE and chat.abandoned_at <= to:
                 chats[chat_id] = chat._replace(state=TRANSITIONS[Event.ABANDON][chat.state])
-        return Account(account.user_id, to, self.balance, _used(account.allowances, self.left), chats, journal)
+        allowances = _used(account.allowances, self.left) if self._took_free else account.allowances
+        return Account(account.user_id, to, self.balance, allowances, chats, journal)
 
     def foretold_beating(self) -> dict[str, Forecast]:
         """Let all time pass as if every clock had heartbeats for ever, and return what becomes of each."""
@@ -170,12 +172,11 @@ class _Course:
         """Let time pass until the instant `to`; return the clocks that stopped, in order."""
         stops: list[Stop] = []
         while self.clocks:
-            turns = self._turns or self._take_turns(stops)
+            self._turns = self._turns or self._take_turns(stops)
             if self.at == to or not self.clocks:
-                self._turns = turns  # they hold when time goes on from here
                 break
-            self._turns = None
-            self._pass_time(to, turns)
+            if not self._pass_time(to, self._turns):
+                self._turns = None
         self.at = to
         return stops
 
@@ -208,24 +209,28 @@ class _Course:
         stops += unable
         return turns
 
-    def _pass_time(self, to: int, turns: _Turns) -> None:
-        """Let those ticks pass, up to `to`, for which the turns stay as they are."""
-        until = to
+    def _pass_time(self, to: int, turns: _Turns) -> bool:
+        """Let those ticks pass, up to `to`, for which the turns stay as they are; return whether they go on beyond."""
+        wanted = to - self.at
+        ticks = wanted + 1  # the one at `to` itself, to see whether all can have it
         for clock in self.clocks:
-            until = min(until, clock.lease_end)
-        ticks = until - self.at
+            ticks = min(ticks, clock.lease_end - self.at)
         for advisor_id, sharing in turns.sharers.items():
             # Too few ticks left for all who share: the seniors have them, in a stretch of a single tick.
             ticks = min(ticks, self.left[advisor_id] // sharing)
         if turns.paid:
             ticks = _payable(turns.paid, ticks, self.balance)
+        goes_on = ticks > wanted
+        ticks -= goes_on
         for advisor_id, sharing in turns.sharers.items():
             self.left[advisor_id] -= ticks * sharing
         for clock in turns.free:
             clock.free_us += ticks
+            self._took_free = True
         for clock in turns.paid:
             self.balance -= clock.pay(ticks)
         self.at += ticks
+        return goes_on
 
 
 class _Turns:

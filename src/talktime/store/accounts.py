@@ -237,6 +237,8 @@ def _allowances_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) 
     new: NewRows = []
     used: Rows = []
     for stored, after in changes:
+        if after.allowances is stored.account.allowances:
+            continue
         for advisor_id, allowance in after.allowances.items():
             granted = stored.account.allowances.get(advisor_id)
             if granted is None:
@@ -249,9 +251,9 @@ def _allowances_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) 
 
 def due_at(account: Account) -> int | None:
     """From when a pass has something to write for the account: always while a chat runs, else at an abandonment."""
-    opened = [chat.opened_at for chat in account.chats.values() if chat.opened_at is not None]
-    waiting = [chat.abandoned_at for chat in account.chats.values() if chat.state in RESUMABLE]
-    return min(opened or waiting, default=None)
+    chats = account.chats.values()
+    opened = [chat.opened_at for chat in chats if chat.opened_at is not None]
+    return min(opened or [chat.abandoned_at for chat in chats if chat.state in RESUMABLE], default=None)
 
 
 def _has_only_grown(before: Chat, after: Chat) -> bool:
