@@ -82,7 +82,8 @@ _FILL = {
         SELECT bucket, user_id, %(chat)s, advisor_id, 'running', %(rate)s, 0, 0, %(lease_us)s, %(abandon_us)s,
                %(now)s, %(now)s, 1, %(now)s, 0, 0, 0, 0, 0,
                -- A microsecond costs a micro-credit, and first there is what is left of the free time.
-               %(now)s + (%(purchase)s + CASE WHEN is_free THEN %(granted_us)s ELSE 0 END - {_OLD} * %(segment_us)s)
+               %(now)s + (%(purchase)s + CASE WHEN is_free THEN %(granted_us)s ELSE 0 END
+                         - {_OLD} * %(segment_us)s::bigint)
                          * interval '1 us'
         FROM bench_user ORDER BY number""",
     "segments": f"""

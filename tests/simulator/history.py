@@ -34,6 +34,8 @@ WAITS_US = (0, 0, 0, 1, 1, 2, 3, 5, 8, 13, 30, 60, -1, -4, -40)
 LONG_WAITS_US = (200, 500, 1_500)
 AMOUNTS = (1, 2, 9, 30, 200)
 BATCHES = (1, 2, 500)
+AMONG_MANY = 0.4
+"""The part of the heartbeats that comes in the request for many."""
 COMMANDS = ("start",) * 5 + ("heartbeat",) * 6 + ("credit",) * 3 + ("pause", "stop")
 LIKELY = {
     "command": 300,
@@ -255,7 +257,8 @@ class History:
             advisor_id = CHATS[chat_id] if rng.random() < 0.97 else rng.choice(ADVISORS)
             start_key = rng.choice((None, None, "k1", "k2", "k3"))
             return Command(user_id=user_id, what=what, chat_id=chat_id, advisor_id=advisor_id, key=start_key)
-        return Command(user_id=user_id, what=what, chat_id=chat_id)
+        among_many = what == "heartbeat" and rng.random() < AMONG_MANY
+        return Command(user_id=user_id, what=what, chat_id=chat_id, among_many=among_many)
 
     def _request(self, command: Command, die_at: int = 0, stall_at: int = 0) -> _Request:
         return _Request(self._rng.choice(self._deployed.apis), command, die_at, stall_at)

@@ -32,7 +32,10 @@ def differ(where: str, what: object) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A request about one user: start, heartbeat, pause, stop, credit, or read, which changes nothing."""
+    """A request about one user: start, heartbeat, pause, stop, credit, or read, which changes nothing.
+
+    A heartbeat can be one `among_many`, in the request that has room for thousands.
+    """
 
     user_id: str
     what: str
@@ -41,14 +44,16 @@ class Command:
     key: str | None = None
     kind: str = ""
     amount: int = 0
+    among_many: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer."""
+    """An HTTP answer, or the result of a heartbeat among many, which is short."""
 
     status: int
     body: Any
+    is_short: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +79,9 @@ class Api:
                 self._send("POST", f"/v1/users/{command.user_id}/credits", json.dumps(body), headers, connection)
             case "start":
                 self._send("POST", f"{chat}/start", json.dumps({"advisor_id": command.advisor_id}), headers, connection)
+            case "heartbeat" if command.among_many:
+                beats = {"beats": [{"user_id": command.user_id, "chat_id": command.chat_id}]}
+                self._send("POST", "/v1/heartbeats", json.dumps(beats), headers, connection)
             case _:
                 self._send("POST", f"{chat}/{command.what}", None, headers, connection)
 
@@ -91,11 +99,15 @@ class Api:
         except (ConnectionError, http.client.HTTPException):
             self._connection(connection).close()
             return None
-        if may_fail and response.status == http.client.SERVICE_UNAVAILABLE:
-            return Answer(response.status, None)
-        if response.status >= http.client.INTERNAL_SERVER_ERROR:
-            differ(f"API process {self.pid}", f"{response.status} {raw.decode()}")
-        return Answer(response.status, json.loads(raw))
+        body, status, is_short = json.loads(raw), response.status, False
+        if status == http.client.OK and "results" in body:
+            [body] = body["results"]
+            status, is_short = body["status"], True
+        if may_fail and status == http.client.SERVICE_UNAVAILABLE:
+            return Answer(status, None)
+        if status >= http.client.INTERNAL_SERVER_ERROR:
+            differ(f"API process {self.pid}", f"{status} {raw.decode()}")
+        return Answer(status, body, is_short)
 
     def get(self, path: str) -> Answer:
         """Read something."""
