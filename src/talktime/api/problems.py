@@ -13,7 +13,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from msgspec import UNSET, Struct, UnsetType
 
 from talktime import errors
-from talktime.api.headers import complete
+from talktime.api.headers import complete, encode_headers
 from talktime.api.schemas import JsonResponse, ReadingBody, reading_body
 from talktime.meter.reading import Reading
 
@@ -175,7 +175,7 @@ def raw_problem(kind: Kind, detail: str, headers: Mapping[str, str] | None = Non
     """Return what tells of a problem where the framework has no part in it."""
     body = msgspec.json.encode(_document(kind, detail))
     also = {"Content-Type": PROBLEM_JSON, "Content-Length": str(len(body)), **_headers_of(kind), **(headers or {})}
-    sent = [(name.lower().encode(), value.encode()) for name, value in also.items()]
+    sent = encode_headers(also)
     return RawProblem(kind.status, [*sent, *complete(sent)], body)
 
 
