@@ -9,7 +9,7 @@ from itertools import pairwise
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from talktime.meter.advance import advance
+from talktime.meter.advance import advance, foretell, look_ahead
 from talktime.meter.reading import read
 from talktime.meter.state import ENDLESS, Account, ChatState, Credit, Segment, Tariff
 from tests.meter.histories import Card, Settings, Step, cards, histories, settings_in_force
@@ -185,6 +185,16 @@ def test_a_client_that_goes_on_by_itself_shows_what_advance_shows(
         then = advance(pair.account, reading.as_of + later).chats[chat_id]
         assert reading.elapsed_us + x - reading.as_of == then.elapsed_us
         assert reading.credits_used + cost == then.cost
+
+
+@given(settings_in_force, cards, histories, st.integers(0, 5))
+def test_to_look_ahead_is_to_advance_and_then_to_foretell(
+    settings: Settings, card: Card, history: list[Step], later: int
+) -> None:
+    state = _after(settings, card, history).account
+    view = advance(state, state.at + later)
+    found = look_ahead(state, state.at + later)
+    assert (view, foretell(view, beating=False), foretell(view, beating=True)) == found
 
 
 @given(cards, st.integers(0, 10**12), st.integers(1, 10**6))
