@@ -37,6 +37,14 @@ POOL_WAIT_SECONDS_MAX = 5
 # all others from theirs; and a process that was frozen in a transaction does not hold its locks for ever.
 # Instants come back as text, which the driver reads in this style alone, whatever the server's is.
 _SESSION = "SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '20s'; SET DateStyle = 'ISO'"
+# Idle is only who has had an answer. A process that was frozen, or whose machine died, before it had sent all of its
+# statements is waited for without end, but for this limit, which PostgreSQL has had since 17.
+_LIMIT_TRANSACTIONS = """
+SELECT set_config('transaction_timeout', '30s', false) WHERE current_setting('server_version_num')::int >= 170000
+"""
+_LIMIT_THIS_ONE_NOT = """
+SELECT set_config('transaction_timeout', '0', true) WHERE current_setting('server_version_num')::int >= 170000
+"""
 
 APPLICATION_ROLE = "talktime_app"
 """The role with no more privileges than the application needs; a migration makes it, and says which they are."""
@@ -154,6 +162,8 @@ class Database:
             try:
                 async with asyncio.timeout(None if patient else TRANSACTION_SECONDS_MAX), connect() as connection:
                     try:
+                        if patient:
+                            await connection.exec_driver_sql(_LIMIT_THIS_ONE_NOT)
                         result = await work(connection)
                     except psycopg.Error as error:
                         raise await _wrapped(connection, error) from error
@@ -178,6 +188,7 @@ class Database:
         connection.autocommit = True
         cursor = connection.cursor()
         cursor.execute(_SESSION)
+        cursor.execute(_LIMIT_TRANSACTIONS)
         cursor.execute(_ON_CITUS)
         (self.on_citus,) = cursor.fetchone() or (False,)
         cursor.execute(_MAY_TAKE_ROLE, (self.on_citus, APPLICATION_ROLE))

@@ -12,15 +12,20 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
+from psycopg import AsyncPipeline
 from psycopg.adapt import Loader
+from psycopg.generators import send as flushed
 from psycopg.pq import Format
 from sqlalchemy.dialects.postgresql import psycopg as dialect
 
 from talktime.store.tables import EPOCH
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from psycopg import AsyncConnection as Driver
     from psycopg import AsyncCursor
+    from psycopg._pipeline_base import BasePipeline
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql import ClauseElement
 
@@ -36,6 +41,25 @@ class _InstantLoader(Loader):
     def load(self, data: bytes | bytearray | memoryview) -> int:
         """Return the instant."""
         return int.from_bytes(data, "big", signed=True) + _YEAR_2000_US
+
+
+def _end_with_sync(pipeline: BasePipeline) -> Generator[Any, Any, None]:
+    """End a pipeline with its Sync, and nothing after that.
+
+    The driver's own way sends a Flush behind it. To PostgreSQL that is the next command: it turns off the time limit of
+    a session that idles in a transaction, and as it has no answer, nothing turns that on again. A process that was
+    frozen then, or whose machine died, would hold its locks for ever.
+    """
+    try:
+        pipeline._enqueue_sync()  # noqa: SLF001 - the driver has no other door; its version is pinned, and a test looks
+        yield from pipeline._communicate_gen()  # noqa: SLF001 - as above
+    finally:
+        yield from flushed(pipeline.pgconn)
+        yield from pipeline._fetch_gen(flush=False)  # noqa: SLF001 - as above
+
+
+# For every pipeline: the driver makes some by itself, to send a statement with many rows.
+AsyncPipeline._exit_gen = _end_with_sync  # type: ignore[method-assign, assignment] # noqa: SLF001 - as above
 
 
 @cache
