@@ -28,6 +28,9 @@ ledger_entry    `number`: without gaps. `amount`, `happened_at` of a charge: its
                 happened. Not known: `idempotency_key`.
 ==============  ======================================================================================================
 
+What was taken over from another system (`opening_account`, `opening_allowance`, `opening_chat`) is taken as it is: the
+totals begin with it, the ledger's first line says the same, and how a chat stopped before is not known.
+
 Whatever a legal history can leave behind is no difference: clocks that stepped back, settings that changed, refused
 starts, starts without a segment.
 
@@ -179,8 +182,9 @@ def _unreadable(user_id: str, error: Exception) -> Findings:
 
 async def _check(account: AccountRow, histories: Histories) -> Findings:
     findings = Findings(account.user_id)
-    ledger = LedgerLaws(account, findings)
-    chats = await _chats(account, histories, ledger, findings)
+    opening, imported_at = await histories.openings.next(account.user_id) or (0, 0)
+    ledger = LedgerLaws(account, findings, opening)
+    chats = await _chats(account, histories, ledger, findings, imported_at)
     allowances = await _allowances(account, histories, chats, findings)
     while (entry := await histories.entries.next(account.user_id)) is not None:
         ledger.entry(entry)
@@ -237,13 +241,16 @@ def _earliest(*instants: int | None) -> int | None:
     return min((at for at in instants if at is not None), default=None)
 
 
-async def _chats(account: AccountRow, histories: Histories, ledger: LedgerLaws, findings: Findings) -> _Chats:
+async def _chats(
+    account: AccountRow, histories: Histories, ledger: LedgerLaws, findings: Findings, imported_at: int
+) -> _Chats:
     """Check the chats with their segments, and side by side with these, in the same order, the charges for them."""
     chats = _Chats()
     charge = await histories.charges.next(account.user_id)
     while (row := await histories.chats.next(account.user_id)) is not None:
         chat, exhausts_at = row
-        laws = ChatLaws(chat, account.at, findings)
+        opening = await histories.opening_chats.next((account.user_id, chat.chat_id))
+        laws = ChatLaws(chat, account.at, findings, opening=opening, imported_at=imported_at)
         while (segment := await histories.segments.next((account.user_id, chat.chat_id))) is not None:
             place = segment.chat_id, segment.started_at
             while charge is not None and _place_of(charge) < place:
@@ -271,6 +278,11 @@ def _place_of(charge: LedgerEntry) -> tuple[str, int]:
 async def _allowances(
     account: AccountRow, histories: Histories, chats: _Chats, findings: Findings
 ) -> dict[str, Allowance]:
+    while (of_pair := await histories.opening_pairs.next(account.user_id)) is not None:
+        advisor_id, used_us = of_pair
+        if advisor_id in chats.pairs:
+            chats.pairs[advisor_id].opening_us = used_us
+            chats.pairs[advisor_id].free_us += used_us
     allowances: dict[str, Allowance] = {}
     while (row := await histories.allowances.next(account.user_id)) is not None:
         advisor_id, allowance = row

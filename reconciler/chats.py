@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from reconciler.differences import Findings, Total, instant
 from talktime.meter.state import RESUMABLE, Chat, ChatState, Segment, StopReason, Tariff
 from talktime.meter.units import format_credits
+from talktime.store.openings import OpeningChat
 
 REASONS: Mapping[ChatState, tuple[StopReason, ...]] = {
     ChatState.LAPSED: (StopReason.LAPSED,),
@@ -28,7 +29,9 @@ COMMANDED = frozenset({StopReason.PAUSED, StopReason.SWITCHED, StopReason.ENDED}
 class ChatLaws:
     """Checks a chat while its segments are given, oldest first."""
 
-    def __init__(self, chat: Chat, at: int, findings: Findings) -> None:
+    def __init__(
+        self, chat: Chat, at: int, findings: Findings, *, opening: OpeningChat | None = None, imported_at: int = 0
+    ) -> None:
         self.chat = chat
         self.at = at
         self.name = f"chat {chat.chat_id!r}"
@@ -38,14 +41,17 @@ class ChatLaws:
         self.commands = 0
         self.unseen = 0
         self._findings = findings
-        self._elapsed_us = Total(chat.elapsed_us, chat.started_at)
-        self._free_us = Total(chat.free_us, chat.started_at)
-        self._cost = Total(chat.cost, chat.started_at)
+        self._opening = opening
+        self._imported_at = imported_at
+        _, elapsed_us, free_us, cost = opening or (None, 0, 0, 0)
+        self._elapsed_us = Total(chat.elapsed_us, chat.started_at, elapsed_us)
+        self._free_us = Total(chat.free_us, chat.started_at, free_us)
+        self._cost = Total(chat.cost, chat.started_at, cost)
 
     @property
     def free_us(self) -> int:
         """The free time that its segments took."""
-        return self._free_us.derived
+        return self._free_us.derived - (self._opening.free_us if self._opening else 0)
 
     @property
     def may_have_started_unseen(self) -> bool:
@@ -103,7 +109,8 @@ class ChatLaws:
         if self.last is None:
             if started_at < self.chat.started_at:
                 self._add_note("started_at", instant(self.chat.started_at), f"at most {instant(started_at)}", since)
-            self.unseen += started_at > self.chat.started_at
+            # What was taken over was first started where it came from.
+            self.unseen += started_at > self.chat.started_at and self._opening is None
             if count_us != 0:
                 note(f"{name}: count_us", count_us, 0, since)
             return
@@ -151,6 +158,8 @@ class ChatLaws:
         if last is not None and (stopped_at, reason) == (last.ended_at, last.reason):
             self._alive_at(last.started_at)
             unseen = False
+        elif last is None and self._opening is not None and stopped_at <= self._imported_at:
+            return  # it stopped in the system that it was taken over from, by what rules nobody knows
         else:
             unseen = True
             self._stopped_unseen(stopped_at, reason)
@@ -172,7 +181,8 @@ class ChatLaws:
         """Check a stop that is not the end of the last segment: such a start was a sign of life at that instant."""
         last, alive = self.last, self.chat.last_heartbeat_at >= stopped_at
         if last is None:
-            self.unseen += stopped_at > self.chat.started_at  # the first start was another one
+            # The first start was another one.
+            self.unseen += stopped_at > self.chat.started_at and self._opening is None
             if stopped_at < self.chat.started_at:
                 self._add_note(
                     "stopped_at", instant(stopped_at), f"at least {instant(self.chat.started_at)}", stopped_at

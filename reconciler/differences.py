@@ -102,13 +102,13 @@ class Findings:
 
 
 class Total:
-    """A stored total while its parts are added up in order of time."""
+    """A stored total while its parts are added up in order of time, beginning with what was taken over, if anything."""
 
     __slots__ = ("agreed_at", "derived", "stored")
 
-    def __init__(self, stored: int, began_at: int) -> None:
+    def __init__(self, stored: int, began_at: int, opening: int = 0) -> None:
         self.stored = stored
-        self.derived = 0
+        self.derived = opening
         self.agreed_at = began_at
 
     def add(self, part: int, at: int) -> None:

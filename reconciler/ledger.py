@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from reconciler.differences import Findings, Shown, instant
 from talktime.meter.state import CreditKind, Segment
 from talktime.meter.units import format_credits
-from talktime.store.ledger import CHARGE, LedgerEntry, request_hash
+from talktime.store.ledger import CHARGE, OPENING, LedgerEntry, request_hash
 
 if TYPE_CHECKING:
     from talktime.store.history import AccountRow
@@ -16,19 +16,22 @@ if TYPE_CHECKING:
 class LedgerLaws:
     """Checks a ledger while its lines are given in the order of their numbers."""
 
-    def __init__(self, account: AccountRow, findings: Findings) -> None:
+    def __init__(self, account: AccountRow, findings: Findings, opening: int = 0) -> None:
         self.latest = 0
         self.began_at: int | None = None
         self._agreed_at: int | None = None
         self._account = account
         self._findings = findings
+        self._opening = max(opening, 0)  # what is to be booked of it; below zero nothing is
         self._booked = 0
         self._agrees = True
         self._last: LedgerEntry | None = None
 
     def entry(self, entry: LedgerEntry) -> None:
         """Check a line, but not against the segment that it charges."""
-        if entry.kind != CHARGE:
+        if entry.kind == OPENING:
+            self._begin(entry)
+        elif entry.kind != CHARGE:
             self._credit(entry)
         elif entry.memo:
             self._note(entry, "memo", entry.memo, "")
@@ -49,6 +52,8 @@ class LedgerLaws:
 
         Returns when the last line was written up to which the running sum is right, or `began_at`.
         """
+        if self._opening:
+            self._findings.add("opening in the ledger", None, format_credits(self._opening), began_at)
         agreed_at = began_at if self._agreed_at is None else self._agreed_at
         next_entry = 1 if self._last is None else self._last.number + 1
         if self._account.next_entry != next_entry:
@@ -69,6 +74,13 @@ class LedgerLaws:
             self._note(entry, "amount", format_credits(entry.amount), format_credits(-segment.cost))
         if entry.happened_at != segment.ended_at:
             self._note(entry, "happened_at", instant(entry.happened_at), instant(segment.ended_at))
+
+    def _begin(self, entry: LedgerEntry) -> None:
+        if entry.amount != self._opening:
+            self._note(entry, "amount", format_credits(entry.amount), format_credits(self._opening))
+        self._opening = 0
+        if entry.number != 1:
+            self._note(entry, "number", entry.number, 1)
 
     def _credit(self, entry: LedgerEntry) -> None:
         kind = CreditKind(entry.kind)

@@ -76,9 +76,13 @@ def still_open(chat: Chat, opened_at: int, at: int) -> Stretch:
 
 @dataclass(slots=True)
 class Pair:
-    """What the chats of a user with one advisor add up to."""
+    """What the chats of a user with one advisor add up to; `opening_us` of its free time was used before it began here.
+
+    `free_us` is all of it.
+    """
 
     began_at: int
+    opening_us: int = 0
     free_us: int = 0
     paid: bool = False
 
@@ -91,15 +95,14 @@ class Replay:
         """The first stretch that ended in a switch while no other was begun."""
         self._findings = findings
         self._left_us: dict[str, int] = defaultdict(int)
-        self._used_us = {
-            advisor_id: Total(allowance.used_us, pairs[advisor_id].began_at if advisor_id in pairs else 0)
-            for advisor_id, allowance in allowances.items()
-        }
+        self._used_us: dict[str, Total] = {}
         for advisor_id, allowance in allowances.items():
-            pair = pairs.get(advisor_id)
+            pair = pairs.get(advisor_id, Pair(0))
+            self._used_us[advisor_id] = Total(allowance.used_us, pair.began_at, pair.opening_us)
             # Where a tick was paid all free time had been used, so it says more than what it is said to have been.
-            used_up = pair is not None and pair.paid and pair.free_us == allowance.used_us
-            self._left_us[advisor_id] = allowance.used_us if used_up else allowance.granted_us
+            used_up = pair.paid and pair.free_us == allowance.used_us
+            granted_us = allowance.used_us if used_up else allowance.granted_us
+            self._left_us[advisor_id] = granted_us - pair.opening_us
         self._at = 0
         self._settled = 0  # credits less the cost of what has ended
         self._running: dict[str, Stretch] = {}  # in the order of seniority, for so they began

@@ -124,7 +124,7 @@ class LedgerEntryBody(Struct, frozen=True):
     """One line of an account's ledger; what takes credits is negative."""
 
     number: int
-    kind: Annotated[str, Meta(description="purchase, grant, compensation, refund, correction or charge")]
+    kind: Annotated[str, Meta(description="purchase, grant, compensation, refund, correction, opening or charge")]
     amount: Credits
     balance_after: Credits
     happened_at: Instant

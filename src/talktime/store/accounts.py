@@ -214,7 +214,7 @@ def _chats_to_save(bucket: int, changes: Iterable[tuple[Stored, Account]]) -> tu
             else:
                 others.append(chat)
         for chat in others:
-            row = _row_of(bucket, after.user_id, chat, exhausts_at)
+            row = row_of(bucket, after.user_id, chat, exhausts_at)
             if chat.chat_id in stored.account.chats:
                 changed.append([row[column.name] for column in sql.UPDATE_CHATS.columns])
             else:
@@ -372,7 +372,7 @@ _STATES = {str(state): state for state in ChatState}
 _REASONS = {str(reason): reason for reason in StopReason}
 
 
-def _row_of(bucket: int, user_id: str, chat: Chat, exhausts_at: int | None) -> dict[str, Any]:
+def row_of(bucket: int, user_id: str, chat: Chat, exhausts_at: int | None) -> dict[str, Any]:
     """Return the row of `chat` that `chat_from` reads, and with it, if the chat runs, when its credits run out."""
     values = chat._asdict()
     rate, first_us, increment_us = values.pop("tariff")

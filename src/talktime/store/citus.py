@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 REFERENCE = "advisor"
-DISTRIBUTED = ("account", "allowance", "chat", "segment", "ledger_entry")
+DISTRIBUTED = (
+    *("account", "allowance", "chat", "segment", "ledger_entry"),
+    *("opening_account", "opening_allowance", "opening_chat"),
+)
 """Parents before children: Citus refuses a foreign key to a table that is not distributed yet."""
 LOCAL = ("console_session", "reconciler_pass", "service_key")
 

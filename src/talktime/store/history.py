@@ -14,6 +14,7 @@ from talktime.meter.state import Allowance, Chat, Segment
 from talktime.store import tables
 from talktime.store.accounts import chat_from
 from talktime.store.ledger import CHARGE, LedgerEntry, entry_from, segment_from
+from talktime.store.openings import OpeningChat
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Row, Table
@@ -26,6 +27,7 @@ PAGE_ROWS = 1000
 
 _account, _allowance, _chat = tables.account, tables.allowance, tables.chat
 _segment, _entry = tables.segment, tables.ledger_entry
+_of_account, _of_pair, _of_chat = tables.opening_account, tables.opening_allowance, tables.opening_chat
 
 _BUCKET = bindparam("in_bucket", type_=SmallInteger)
 _AFTER = bindparam("after_user", type_=Text)
@@ -64,6 +66,9 @@ _CREDITS = (
     .where(_in_batch(_entry), ~_IS_CHARGE)
     .order_by(_entry.c.user_id, _entry.c.number)
 )
+_OPENINGS = select(_of_account).where(_in_batch(_of_account)).order_by(_of_account.c.user_id)
+_OPENING_PAIRS = select(_of_pair).where(_in_batch(_of_pair)).order_by(_of_pair.c.user_id, _of_pair.c.advisor_id)
+_OPENING_CHATS = select(_of_chat).where(_in_batch(_of_chat)).order_by(_of_chat.c.user_id, _of_chat.c.chat_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,9 @@ class Histories:
     and chat, by their beginning; `charges`, the ledger's lines for segments, by chat and segment; `entries`, all of its
     lines, by number. `timeline` are the segments again, in the order in which they began, and `credits` the instants
     and amounts of all entries but charges.
+
+    Of accounts that were taken over, `openings` are the credits that they had and when that was; `opening_pairs`, by
+    advisor, the free time used before; `opening_chats`, by chat, the totals.
     """
 
     allowances: Rows[tuple[str, Allowance]]
@@ -123,6 +131,9 @@ class Histories:
     entries: Rows[LedgerEntry]
     timeline: Rows[Segment]
     credits: Rows[tuple[int, int]]
+    openings: Rows[tuple[int, int]]
+    opening_pairs: Rows[tuple[str, int]]
+    opening_chats: Rows[OpeningChat]
 
 
 async def load_buckets(connection: AsyncConnection) -> dict[int, int]:
@@ -174,4 +185,12 @@ async def open_histories(
             await rows(_ENTRIES, entry_from, "user_id"),
             await rows(_TIMELINE, segment_from, "user_id"),
             await rows(_CREDITS, lambda row: (row.happened_at, row.amount), "user_id"),
+            await rows(_OPENINGS, lambda row: (row.credits, row.imported_at), "user_id"),
+            await rows(_OPENING_PAIRS, lambda row: (row.advisor_id, row.used_us), "user_id"),
+            await rows(
+                _OPENING_CHATS,
+                lambda row: OpeningChat(row.record_id, row.elapsed_us, row.free_us, row.cost),
+                "user_id",
+                "chat_id",
+            ),
         )

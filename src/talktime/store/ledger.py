@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 _entry, _segment, _advisor = tables.ledger_entry, tables.segment, tables.advisor
 
 CHARGE = "charge"
+OPENING = "opening"
+"""What an account had in the system that it was taken over from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerEntry:
     """One line of an account's ledger: what came in (positive) or was taken, in micro-credits.
 
-    `kind` is a `CreditKind` or "charge", which names the segment it pays for. `balance_after` is the running sum of
-    the lines. It happened at `happened_at`, and was written as of `recorded_at`.
+    `kind` is a `CreditKind`, "opening", or "charge", which names the segment it pays for. `balance_after` is the
+    running sum of the lines. It happened at `happened_at`, and was written as of `recorded_at`.
     """
 
     user_id: str

@@ -112,7 +112,7 @@ def _unnest(alias: str, prefix: str, columns: Sequence[Column[Any]], *, numbered
     )
 
 
-_USERS = func.any(_array("of_users", Text()))
+USERS = func.any(_array("of_users", Text()))
 
 
 class UpdateOfMany(NamedTuple):
@@ -154,14 +154,14 @@ LOCK_DUE_ACCOUNTS = (
 
 LOCK_LIVE_CHATS = (
     select(_chat)
-    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USERS, _IS_LIVE)
+    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == USERS, _IS_LIVE)
     .order_by(_chat.c.user_id, _chat.c.chat_id)
     .with_for_update(key_share=True)
 )
 
 LOCK_LIVE_CHATS_AND_ONE = (
     select(_chat)
-    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USERS, or_(_IS_LIVE, _chat.c.chat_id == _CHAT))
+    .where(_chat.c.bucket == _BUCKET, _chat.c.user_id == USERS, or_(_IS_LIVE, _chat.c.chat_id == _CHAT))
     .order_by(_chat.c.user_id, _chat.c.chat_id)
     .with_for_update(key_share=True)
 )
@@ -243,11 +243,11 @@ def _reading_of(wanted: Select[Any] | CompoundSelect[Any]) -> Select[Any]:
                 _allowance.c.advisor_id == chat.c.advisor_id,
             ),
         )
-        .where(_account.c.bucket == _BUCKET, _account.c.user_id == _USERS)
+        .where(_account.c.bucket == _BUCKET, _account.c.user_id == USERS)
     )
 
 
-_THEIR_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == _USERS)
+_THEIR_CHATS = and_(_chat.c.bucket == _BUCKET, _chat.c.user_id == USERS)
 _THEIR_RUNNING_CHATS = select(_chat).where(_THEIR_CHATS, _IS_RUNNING)
 READ_RUNNING = _reading_of(_THEIR_RUNNING_CHATS)
 READ_RUNNING_AND_THESE = _reading_of(

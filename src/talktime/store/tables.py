@@ -218,17 +218,62 @@ ledger_entry = Table(
     # Whatever else fails, no segment can be charged twice.
     UniqueConstraint("bucket", "user_id", "chat_id", "segment_started_at", name="uq_ledger_entry_segment"),
     CheckConstraint(
-        "kind IN ('purchase', 'grant', 'compensation', 'refund', 'correction', 'charge')",
+        "kind IN ('purchase', 'grant', 'compensation', 'opening', 'refund', 'correction', 'charge')",
         name="kind",
     ),
-    CheckConstraint("(kind IN ('purchase', 'grant', 'compensation')) = (amount > 0)", name="sign"),
+    CheckConstraint("(kind IN ('purchase', 'grant', 'compensation', 'opening')) = (amount > 0)", name="sign"),
     CheckConstraint("amount <> 0 AND balance_after >= 0", name="figures"),
     CheckConstraint(
         "(kind = 'charge') = (chat_id IS NOT NULL AND segment_started_at IS NOT NULL)"
-        " AND (kind = 'charge') = (idempotency_key IS NULL)"
-        " AND (kind = 'charge') = (request_hash IS NULL)",
+        " AND (kind IN ('charge', 'opening')) = (idempotency_key IS NULL)"
+        " AND (kind IN ('charge', 'opening')) = (request_hash IS NULL)",
         name="source",
     ),
+)
+
+# What was taken over from an old system, as it was there: written once, at the import, and never billed again. The
+# totals of accounts, allowances and chats begin with it.
+
+opening_account = Table(
+    "opening_account",
+    metadata,
+    Column("bucket", SmallInteger, nullable=False),
+    _id("user_id"),
+    # Below zero where the old system let it get there: the balance then begins with 0.
+    _number("credits"),
+    _instant("imported_at"),
+    PrimaryKeyConstraint("bucket", "user_id"),
+    ForeignKeyConstraint(["bucket", "user_id"], ["account.bucket", "account.user_id"]),
+)
+
+opening_allowance = Table(
+    "opening_allowance",
+    metadata,
+    Column("bucket", SmallInteger, nullable=False),
+    _id("user_id"),
+    _id("advisor_id"),
+    _number("used_us"),
+    PrimaryKeyConstraint("bucket", "user_id", "advisor_id"),
+    ForeignKeyConstraint(
+        ["bucket", "user_id", "advisor_id"], ["allowance.bucket", "allowance.user_id", "allowance.advisor_id"]
+    ),
+    CheckConstraint("used_us >= 0", name="used"),
+)
+
+opening_chat = Table(
+    "opening_chat",
+    metadata,
+    Column("bucket", SmallInteger, nullable=False),
+    _id("user_id"),
+    _id("chat_id"),
+    # The old time record's own id; null where the old system had none for the chat.
+    Column("record_id", Text),
+    _number("elapsed_us"),
+    _number("free_us"),
+    _number("cost"),
+    PrimaryKeyConstraint("bucket", "user_id", "chat_id"),
+    ForeignKeyConstraint(["bucket", "user_id", "chat_id"], ["chat.bucket", "chat.user_id", "chat.chat_id"]),
+    CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= free_us", name="totals"),
 )
 
 advisor = Table(
