@@ -43,15 +43,15 @@ class ChatLaws:
         self._findings = findings
         self._opening = opening
         self._imported_at = imported_at
-        _, elapsed_us, free_us, cost = opening or (None, 0, 0, 0)
-        self._elapsed_us = Total(chat.elapsed_us, chat.started_at, elapsed_us)
-        self._free_us = Total(chat.free_us, chat.started_at, free_us)
-        self._cost = Total(chat.cost, chat.started_at, cost)
+        before = opening or OpeningChat(None, 0, 0, 0)
+        self._elapsed_us = Total(chat.elapsed_us, chat.started_at, before.elapsed_us)
+        self._free_us = Total(chat.free_us, chat.started_at, before.chat_free_us)
+        self._cost = Total(chat.cost, chat.started_at, before.cost)
 
     @property
     def free_us(self) -> int:
         """The free time that its segments took."""
-        return self._free_us.derived - (self._opening.free_us if self._opening else 0)
+        return self._free_us.derived - (self._opening.chat_free_us if self._opening else 0)
 
     @property
     def may_have_started_unseen(self) -> bool:

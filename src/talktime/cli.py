@@ -13,12 +13,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
+from talktime.errors import DatabaseUnavailable, OldTablesError, SettingError, TalktimeError
 from talktime.meter.state import CreditKind
 from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO, parse_seconds
-from talktime.settings import Settings, home_folder, load_settings
+from talktime.settings import Settings, home_folder, load_settings, parse_database_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+    from talktime.legacy.tables import Mapped
 
 T = TypeVar("T")
 
@@ -91,6 +96,16 @@ def _parser() -> argparse.ArgumentParser:
         service.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
     migrate = command(commands, "migrate", _migrate, "bring the database to the newest schema")
     migrate.add_argument("--citus", action="store_true", help="distribute the tables too, on a Citus cluster")
+    bring = command(commands, "import", _import, "take over the users, chats and time records of an old system")
+    bring.add_argument("--source", metavar="URL", type=_url, required=True, help="the old database; it is only read")
+    bring.add_argument("--dry-run", action="store_true", help="do and report all of it, and take it back at once")
+    bring.add_argument("--report", metavar="FILE", type=Path, help="write each user's totals before and after, as CSV")
+    export = command(commands, "export-legacy", _export, "materialize, and write an old system's tables: the way back")
+    export.add_argument("--target", metavar="URL", type=_url, required=True, help="the old database")
+    for moving in (bring, export):
+        moving.add_argument(
+            "--mapping", metavar="FILE", type=_mapping, help="TOML: the old tables' and columns' names, where unusual"
+        )
     commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
 
     key = commands.add_parser("key", help="make, list and revoke service keys")
@@ -178,6 +193,22 @@ def _time_up_to(us_max: int, *, least: int = 0) -> Callable[[str], int]:
     return parse
 
 
+def _url(text: str) -> URL:
+    try:
+        return parse_database_url("this", text)
+    except SettingError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("this: ")) from None
+
+
+def _mapping(text: str) -> Mapped:
+    from talktime.legacy.tables import load_mapping  # noqa: PLC0415 - see below
+
+    try:
+        return load_mapping(Path(text))
+    except OldTablesError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 # The API's rules. Its room is slow to import, so that waits until there is something to parse.
 
 
@@ -249,6 +280,19 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> None:
     print("the database has the newest schema")
     if options.citus:
         print(f"distributed: {', '.join(done)}" if done else "its tables were distributed before")
+
+
+def _import(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime.legacy import moving, tables  # noqa: PLC0415 - see above
+
+    mapped = options.mapping or tables.Mapped()
+    moving.import_legacy(settings, options.source, mapped, dry_run=options.dry_run, report=options.report)
+
+
+def _export(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime.legacy import moving, tables  # noqa: PLC0415 - see above
+
+    moving.export_legacy(settings, options.target, options.mapping or tables.Mapped())
 
 
 def _key_new(settings: Settings, options: argparse.Namespace) -> None:

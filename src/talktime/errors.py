@@ -9,6 +9,8 @@
     │   ├── InvalidKeyName           no name for a key, or a reserved one
     │   ├── KeyNameTaken             there is a key of this name, if only a revoked one
     │   └── KeyNotFound
+    ├── OldTablesError               an old system's tables are not there, or not what they are said to be
+    ├── MovingIncomplete             an import or an export did not come to its end
     ├── CannotMint                   a token cannot be made here, or not for this
     ├── NotFound
     │   ├── UserNotFound
@@ -74,6 +76,14 @@ class KeyNotFound(ServiceKeyError):
 
 class CannotMint(TalktimeError):
     """A token cannot be made: the key that signs is elsewhere, or nobody would take such a token."""
+
+
+class OldTablesError(TalktimeError):
+    """The old tables are not there, are not what they are said to be, or the mapping is wrong."""
+
+
+class MovingIncomplete(TalktimeError):
+    """Not everything was moved; what was is whole."""
 
 
 class NotFound(TalktimeError):

@@ -215,8 +215,15 @@ def _scope(environment: Mapping[str, str]) -> Scope:
 def _database_url(environment: Mapping[str, str]) -> URL | None:
     name = "TALKTIME_DATABASE_URL"
     text = environment.get(name)
-    if not text:
-        return None
+    return parse_database_url(name, text) if text else None
+
+
+def parse_database_url(name: str, text: str) -> URL:
+    """Return the URL of a PostgreSQL database, for its driver here.
+
+    Raises:
+        SettingError: it is none; says so of `name`.
+    """
     try:
         url = make_url(text)
     except (ArgumentError, ValueError):

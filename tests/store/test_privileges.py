@@ -18,6 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from reconciler.sweep import sweep_and_record
 from talktime import operations
 from talktime.errors import DatabaseUnavailable, SchemaError
+from talktime.legacy.tables import TABLES as OLD_TABLES
 from talktime.meter.state import CreditKind
 from talktime.store.database import APPLICATION_ROLE, Database
 from talktime.store.embedded import embedded_postgres
@@ -64,11 +65,12 @@ async def test_all_that_the_role_may_is_what_the_application_does(database_url: 
         may_update = set(admin.execute(columns, [APPLICATION_ROLE]).fetchall())
         owned = admin.execute("SELECT count(*) FROM pg_class WHERE relowner = %s::regrole", [APPLICATION_ROLE])
         assert owned.fetchone() == (0,)
-    assert may == {
+    on_tables = {
         (name, privilege)
         for name in metadata.tables
         for privilege in (ADDED_TO | {"DELETE"} if name in DELETED_FROM else ADDED_TO)
     }
+    assert may == on_tables | {(usual, "SELECT") for usual, _ in OLD_TABLES.values()}  # the views with the old names
     assert may_update == {
         (name, column.name)
         for name, fixed in FIXED.items()
@@ -177,6 +179,9 @@ async def test_tables_in_the_logins_own_schema_stay_in_sight(empty_database_url:
         admin.execute(f"GRANT {APPLICATION_ROLE} TO {name}")
         url = empty_database_url.set(username=name, password="test")
         try:
+            with pytest.raises(SchemaError, match=rf"CREATE SCHEMA talktime_legacy AUTHORIZATION {name}$"):
+                upgrade(url)
+            admin.execute(sql.SQL("CREATE SCHEMA talktime_legacy AUTHORIZATION {}").format(sql.Identifier(name)))
             upgrade(url)
             assert await _whoami(url) == APPLICATION_ROLE
             async with open_service(url) as service:

@@ -279,7 +279,8 @@ def test_the_schema_keeps_the_rules(database_url: URL) -> None:
         ).fetchall()
         leading = connection.execute(
             "SELECT relname, attname, atttypid::regtype::text, attnotnull FROM pg_attribute"
-            " JOIN pg_class ON pg_class.oid = attrelid WHERE attnum = 1 AND relname = ANY(%s)",
+            " JOIN pg_class ON pg_class.oid = attrelid WHERE attnum = 1 AND relname = ANY(%s)"
+            " AND relkind = 'r'",
             [sorted(USER_TABLES)],
         ).fetchall()
         unique = connection.execute(

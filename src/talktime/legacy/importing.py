@@ -15,8 +15,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
 from talktime.errors import DatabaseUnavailable
-from talktime.legacy.source import OldRows, Source, figures_of, open_source
-from talktime.legacy.taking_over import Decided, Figures, Listed, Rules, decide, figures_as_written
+from talktime.legacy.rows import Figures, Listed, listed_without_user
+from talktime.legacy.source import OldRows, Source, open_source
+from talktime.legacy.taking_over import Decided, Rules, decide
 from talktime.store import openings
 from talktime.store.statements import CLOCK
 from talktime.store.tables import bucket_of
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BATCH_USERS = 200
-HELD_USERS = 10_000
+HELD_USERS = 30_000
 """So many users are in memory: they come in the order of their ids, and are written by bucket."""
 BATCHES_AT_ONCE = 3
 
@@ -143,7 +144,7 @@ class _Importer:
             for one in listed:
                 self.made.listed += 1
                 self.reporter.listed(one)
-            self.done += len(user.records) + len(user.chats) + (user.user is not None)
+            self.done += len(user.records) + len(user.chats) + len(user.users)
         self.reporter.progress(self.done, self.total)
 
     async def _write(self, bucket: int, users: Sequence[OldRows]) -> list[tuple[UserReport, list[Listed]]]:
@@ -153,7 +154,7 @@ class _Importer:
             user_ids = [user.user_id for user in users]
             before = await openings.load_openings(connection, bucket, user_ids)
             decided = [
-                decide(user.user_id, user.user, user.records, user.chats, rules=self.rules, now=now) for user in users
+                decide(user.user_id, user.users, user.records, user.chats, rules=self.rules, now=now) for user in users
             ]
             taken = [one.taken for one in decided if one.taken is not None and one.user_id not in before]
             if taken:
@@ -170,7 +171,7 @@ class _Importer:
             return undone.told
 
     def _failed(self, user: OldRows, error: Exception) -> tuple[UserReport, list[Listed]]:
-        decided = decide(user.user_id, user.user, user.records, user.chats, rules=self.rules, now=0)
+        decided = decide(user.user_id, user.users, user.records, user.chats, rules=self.rules, now=0)
         report, listed = _left_out(decided, Outcome.FAILED, f"it cannot be written ({type(error).__name__})")
         return report, listed
 
@@ -241,7 +242,9 @@ async def import_all(
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         if made.finished:
-            _list_nameless(source, importer)
+            for row in source.nameless:
+                made.listed += 1
+                reporter.listed(listed_without_user(row, second_us=rules.second_us))
     return made
 
 
@@ -266,11 +269,3 @@ async def _gather(
             return False
         await put(batch)
     return True
-
-
-def _list_nameless(source: Source, importer: _Importer) -> None:
-    for table, row in source.nameless:
-        name, *texts = figures_of(table, row)
-        figures = figures_as_written(*texts, second_us=importer.rules.second_us)
-        importer.made.listed += 1
-        importer.reporter.listed(Listed("", name, "it names no user", figures))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -12,9 +12,9 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import tuple_row
 
-from talktime.errors import DatabaseUnavailable
-from talktime.legacy.tables import CHAT, RECORD, USER, Found, Mapped, OldTablesError, find
-from talktime.legacy.taking_over import OldChat, OldRecord, OldUser
+from talktime.errors import DatabaseUnavailable, OldTablesError
+from talktime.legacy.rows import OldChat, OldRecord, OldUser
+from talktime.legacy.tables import CHAT, RECORD, USER, Found, Mapped, find
 from talktime.store.database import CONNECT_SECONDS_MAX
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ T = TypeVar("T", bound=tuple[Any, ...])
 PAGE_ROWS = 2_000
 
 _COLUMNS = """
-    SELECT table_schema, table_name, column_name, data_type FROM information_schema.columns
-    WHERE table_schema <> 'information_schema' AND table_schema NOT LIKE 'pg\\_%'
-    ORDER BY table_schema, table_name, ordinal_position
+    SELECT nspname, relname, attname, format_type(atttypid, NULL)
+    FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND attnum > 0 AND NOT attisdropped
+        AND nspname <> 'information_schema' AND nspname NOT LIKE 'pg\\_%'
+    ORDER BY nspname, relname, attnum
 """
 _IS_ACTIVE = OldRecord._fields.index("is_active")
 _INSTANTS = {"timestamp with time zone": "{column}", "timestamp without time zone": "{column} AT TIME ZONE {zone}"}
@@ -37,7 +39,7 @@ class OldRows(NamedTuple):
     """All rows of one user."""
 
     user_id: str
-    user: OldUser | None
+    users: list[OldUser]
     records: list[OldRecord]
     chats: list[OldChat]
 
@@ -50,25 +52,20 @@ class Source:
     tables: Mapping[str, Found]
     columns: Mapping[str, sql.Composable]
     counts: Mapping[str, int]
-    nameless: list[tuple[str, tuple[Any, ...]]]
-    """Rows that name no user, for whoever lists what is not taken over; complete once all users were read."""
+    nameless: list[OldUser | OldRecord | OldChat]
+    """Rows that name no user, for whoever lists what is not taken over; complete once users are read."""
 
     async def users(self) -> AsyncIterator[OldRows]:
         """Yield all rows of each user, in order of their ids."""
         users = _Rows(await self._cursor(USER, "id"), OldUser, lambda row: row[0])
         records = _Rows(await self._cursor(RECORD, "user_id"), _record, lambda row: row[1])
         chats = _Rows(await self._cursor(CHAT, "user_id"), OldChat, lambda row: row[1])
-        for table, rows in ((RECORD, records), (CHAT, chats)):
-            self.nameless.extend((table, row) for row in await rows.nameless())
+        self.nameless.extend([*await users.take(None), *await records.take(None), *await chats.take(None)])
         while heads := [
             key for key in (await users.head(), await records.head(), await chats.head()) if key is not None
         ]:
             user_id = min(heads)
-            found = await users.take(user_id)
-            if len(found) > 1:
-                message = f"the old users' table has {len(found)} users with the id {user_id!r}"
-                raise OldTablesError(message)
-            yield OldRows(user_id, found[0] if found else None, await records.take(user_id), await chats.take(user_id))
+            yield OldRows(user_id, await users.take(user_id), await records.take(user_id), await chats.take(user_id))
 
     async def _cursor(self, table: str, by: str) -> psycopg.AsyncServerCursor[tuple[Any, ...]]:
         found = self.tables[table]
@@ -83,7 +80,7 @@ class Source:
 
 
 class _Rows(Generic[T]):
-    """The rows of one table, a page in memory at a time; those without a user come first."""
+    """The rows of one table, a page in memory at a time, by user; those without one come first."""
 
     def __init__(
         self,
@@ -97,24 +94,15 @@ class _Rows(Generic[T]):
         self._page: list[tuple[Any, ...]] = []  # the next row last
 
     async def head(self) -> str | None:
-        """Return the user of the next row."""
+        """Return the user of the next row; None where there is no row, or it has none."""
         await self._fill()
         return self._user_of(self._page[-1]) if self._page else None
 
-    async def take(self, user_id: str) -> list[T]:
+    async def take(self, user_id: str | None) -> list[T]:
         """Return the rows of a user, if they are the next."""
         found = []
-        while await self.head() == user_id:
+        while await self.head() == user_id and self._page:
             found.append(self._make(*self._page.pop()))
-        return found
-
-    async def nameless(self) -> list[tuple[Any, ...]]:
-        """Return the rows that name no user."""
-        found = []
-        await self._fill()
-        while self._page and self._user_of(self._page[-1]) is None:
-            found.append(self._page.pop())
-            await self._fill()
         return found
 
     async def _fill(self) -> None:
@@ -140,7 +128,8 @@ async def open_source(url: URL, mapped: Mapped) -> AsyncIterator[Source]:
         async with await psycopg.AsyncConnection.connect(target, connect_timeout=CONNECT_SECONDS_MAX) as connection:
             await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await connection.set_read_only(True)
-            tables, types = await _find(connection, mapped)
+            there, types = await look_up(connection)
+            tables = find(mapped, there)
             columns = {name: _columns(found, types, mapped) for name, found in tables.items()}
             counts = {name: await _count(connection, found) for name, found in tables.items()}
             yield Source(connection, tables, columns, counts, [])
@@ -152,15 +141,16 @@ async def open_source(url: URL, mapped: Mapped) -> AsyncIterator[Source]:
         raise OldTablesError(message) from error
 
 
-async def _find(
-    connection: psycopg.AsyncConnection, mapped: Mapped
-) -> tuple[dict[str, Found], dict[tuple[str, str, str], str]]:
+async def look_up(
+    connection: psycopg.AsyncConnection,
+) -> tuple[dict[tuple[str, str], list[str]], dict[tuple[str, str, str], str]]:
+    """Return the columns of all tables and views by schema and name, and the type of each column."""
     there: dict[tuple[str, str], list[str]] = defaultdict(list)
     types: dict[tuple[str, str, str], str] = {}
     for schema, table, column, kind in await (await connection.execute(_COLUMNS)).fetchall():
         there[schema, table].append(column)
         types[schema, table, column] = kind
-    return find(mapped, there), types
+    return there, types
 
 
 def _columns(found: Found, types: Mapping[tuple[str, str, str], str], mapped: Mapped) -> sql.Composable:
@@ -190,10 +180,3 @@ async def _count(connection: psycopg.AsyncConnection, found: Found) -> int:
     query = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(found.schema, found.name))
     row = await (await connection.execute(query)).fetchone()
     return 0 if row is None else int(row[0])
-
-
-def figures_of(table: str, row: Sequence[Any]) -> tuple[str, str | None, str | None, str | None]:
-    """Return of a row that names no user: its name, and duration, free time and credits as they are written."""
-    if table == CHAT:
-        return f"chat {row[0]}", row[3], None, None
-    return f"record {row[0]}", row[4], row[6], row[5]

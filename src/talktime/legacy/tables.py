@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from talktime.errors import TalktimeError
+from talktime.errors import OldTablesError
 from talktime.meter.units import MICRO
 
 if TYPE_CHECKING:
@@ -43,10 +43,6 @@ TABLES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 """Of each old table its usual name and its columns."""
 
 UNITS = {"seconds": MICRO, "milliseconds": MICRO // 1000, "minutes": 60 * MICRO}
-
-
-class OldTablesError(TalktimeError):
-    """The old tables are not there, are not what they are said to be, or the mapping is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +118,22 @@ def find(mapped: Mapped, there: Mapping[tuple[str, str], Sequence[str]]) -> dict
     return {table: _find_table(mapped, table, there) for table in TABLES}
 
 
+def is_there(mapped: Mapped, table: str, there: Mapping[tuple[str, str], Sequence[str]]) -> bool:
+    """Tell whether any of the tables that are there could be meant."""
+    return bool(_fitting(mapped, table, there))
+
+
+def _fitting(mapped: Mapped, table: str, there: Mapping[tuple[str, str], Sequence[str]]) -> list[tuple[str, str]]:
+    wanted = mapped.tables.get(table)
+    if wanted is not None:
+        return [place for place in there if wanted in (place[1], ".".join(place))]
+    return [place for place in there if _plain(place[1]).removesuffix("s") == _plain(TABLES[table][0])]
+
+
 def _find_table(mapped: Mapped, table: str, there: Mapping[tuple[str, str], Sequence[str]]) -> Found:
     usual, columns = TABLES[table]
     wanted = mapped.tables.get(table)
-    if wanted is not None:
-        fitting = [place for place in there if wanted in (place[1], ".".join(place))]
-    else:
-        fitting = [place for place in there if _plain(place[1]).removesuffix("s") == _plain(usual)]
+    fitting = _fitting(mapped, table, there)
     if len(fitting) != 1:
         said = f"the old table {wanted or usual!r}"
         names = ", ".join(sorted(".".join(place) for place in (fitting or there)))

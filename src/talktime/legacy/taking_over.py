@@ -16,11 +16,12 @@ advisor than its chat
 several records of a user with an advisor    free time granted, and used: the most that any of them says, used no more
                                              than granted. If none says what was granted: the advisor's rate card
 a user who is not in the users' table        taken over with no credits, and listed
+several users of one id                      none is taken over, since nobody knows whose credits these are; listed
 negative credits                             the balance begins with 0; what was below it is listed
 null                                         0; of times, the next best known: heartbeat, timestamp, import
 a figure that is negative, not finite, or    0, and listed
 too large
-more free time than duration                 as much as the duration; the rest is listed
+more free time than duration                 so it is kept, as it is the pair's; the chat's own shows its duration
 more free time than was granted              used up; listed
 an id that talktime does not take, or none   not taken over, and listed with all its figures
 ===========================================  ==========================================================================
@@ -31,80 +32,21 @@ figures that were not taken over, so that for each user: before = after + listed
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation, localcontext
 from typing import NamedTuple
 
+from talktime.api.params import is_id
+from talktime.legacy.rows import NOTHING, Figures, Listed, OldChat, OldRecord, OldUser, scaled
 from talktime.meter import commands
 from talktime.meter.advance import advance
 from talktime.meter.state import Account, Allowance, Chat, ChatState, Policy, RateCard, Scope, StopReason
 from talktime.meter.units import MAX_BALANCE, MAX_FREE_US, MICRO
 from talktime.store.openings import OpeningChat, TakenOver
 
-ID = re.compile(r"(?!\.{1,2}\Z)[A-Za-z0-9_.:@+=~|-]{1,128}", re.ASCII)
-
-ELAPSED_US_MAX = 100 * MAX_FREE_US
-"""A hundred years: no duration is longer."""
-
-
-class OldUser(NamedTuple):
-    """A row of the old users: figures as the database writes them."""
-
-    user_id: str
-    credits: str | None
-
-
-class OldRecord(NamedTuple):
-    """A time record: figures as the database writes them, times in seconds; instants in microseconds since 1970."""
-
-    record_id: str | None
-    user_id: str | None
-    advisor_id: str | None
-    chat_id: str | None
-    duration: str | None
-    credits_used: str | None
-    free_time_used: str | None
-    allocation: str | None
-    is_active: bool
-    recorded_at: int | None
-    heartbeat_at: int | None
-
-
-class OldChat(NamedTuple):
-    """A row of the old chats."""
-
-    chat_id: str | None
-    user_id: str | None
-    advisor_id: str | None
-    duration: str | None
-
-
-class Figures(NamedTuple):
-    """What is added up before and after: microseconds and micro-credits."""
-
-    elapsed_us: int = 0
-    free_us: int = 0
-    cost: int = 0
-    credits: int = 0
-
-    def plus(self, other: Figures) -> Figures:
-        """Add, figure by figure."""
-        return Figures(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
-
-
-NOTHING = Figures()
-
-
-class Listed(NamedTuple):
-    """Something that was not taken over as it is: which row, why, and the figures that were left out."""
-
-    user_id: str
-    row: str
-    reason: str
-    figures: Figures
+ELAPSED_US_MAX = 50 * MAX_FREE_US
+"""Fifty years: no duration is longer, and an integer column has room for more than that in seconds."""
 
 
 @dataclass(slots=True)
@@ -192,30 +134,9 @@ def _no_figures(_: int) -> Figures:
     return Figures()
 
 
-def scaled(text: str, scale: int) -> int | None:
-    """Return a decimal number in integer parts, rounded half to even; None if it is none, or out of all bounds."""
-    try:
-        value = Decimal(text.strip())
-    except InvalidOperation:
-        return None
-    if not value.is_finite() or value.adjusted() > 15:  # noqa: PLR2004 - beyond 64 bits, whatever it is measured in
-        return None
-    with localcontext(prec=60):
-        return int((value * scale).quantize(Decimal(1), rounding=ROUND_HALF_EVEN))
-
-
-def figures_as_written(duration: str | None, free: str | None, cost: str | None, *, second_us: int) -> Figures:
-    """Return the figures of a row as they are written; what is no number counts as 0."""
-    return Figures(
-        elapsed_us=scaled(duration or "0", second_us) or 0,
-        free_us=scaled(free or "0", second_us) or 0,
-        cost=scaled(cost or "0", MICRO) or 0,
-    )
-
-
 def decide(
     user_id: str,
-    user: OldUser | None,
+    users: Sequence[OldUser],
     records: Sequence[OldRecord],
     chats: Sequence[OldChat],
     *,
@@ -224,54 +145,55 @@ def decide(
 ) -> Decided:
     """Decide what becomes of all the rows of one user at the instant `now`, in microseconds."""
     desk = _Desk(user_id, rules)
-    had = _credits(desk, user)
+    had = sum(_credits(desk, user) for user in users)
     known = _valid_chats(desk, chats)
     valid = [(record, old) for record in records if (old := _valid_record(desk, record)) is not None]
     # Duplicates count for the pair's free time: what one of them used was used.
     pairs = _pairs(desk, valid)
     olds = _merged(desk, known, valid)
-    if not ID.fullmatch(user_id):
+    fault = ""
+    if len(users) > 1:
+        fault = "there are several users of this id"
+    elif not is_id(user_id):
+        fault = "the user's id is not one that talktime takes"
+    if fault:
         left = Figures(credits=max(had, 0))
         for old in olds.values():
             left = left.plus(old.figures)
-        desk.note("user", "the user's id is not one that talktime takes", left)
+        desk.note("user", fault, left)
         return Decided(user_id, desk.before, None, desk.listed, len(records), len(chats))
-    if user is None:
+    if not users:
         desk.note("user", "not in the users' table; taken over with no credits")
     account = _account(desk, max(had, 0), olds, pairs, now)
-    used = {advisor_id: account.allowances[advisor_id].used_us for advisor_id in account.allowances}
+    used = {advisor_id: allowance.used_us for advisor_id, allowance in account.allowances.items()}
     taken = TakenOver(
         account,
         had,
         used,
-        {
-            chat_id: OpeningChat(
-                None if old.record is None else old.record.record_id,
-                old.figures.elapsed_us,
-                old.figures.free_us,
-                old.figures.cost,
-            )
-            for chat_id, old in olds.items()
-        },
+        {chat_id: _opening_of(old) for chat_id, old in olds.items()},
     )
     return Decided(user_id, desk.before, taken, desk.listed, len(records), len(chats))
 
 
-def _credits(desk: _Desk, user: OldUser | None) -> int:
-    text = None if user is None else user.credits
-    value = 0 if text is None else scaled(text, MICRO)
+def _opening_of(old: _Old) -> OpeningChat:
+    record_id = None if old.record is None else old.record.record_id
+    return OpeningChat(record_id, old.figures.elapsed_us, old.figures.free_us, old.figures.cost)
+
+
+def _credits(desk: _Desk, user: OldUser) -> int:
+    value = scaled(user.credits or "0", MICRO)
     if value is None or abs(value) > MAX_BALANCE:
-        desk.note("user", f"credits are no number that can be taken over: {text}")
+        desk.note("user", f"credits are no number that can be taken over: {user.credits}")
         return 0
     desk.before = desk.before.plus(Figures(credits=value))
     if value < 0:
-        desk.note("user", f"credits are negative: {text}", Figures(credits=value))
+        desk.note("user", f"credits are negative: {user.credits}", Figures(credits=value))
     return value
 
 
 def _valid_chats(desk: _Desk, chats: Iterable[OldChat]) -> dict[str, _Old]:
     found: dict[str, _Old] = {}
-    for chat in chats:
+    for chat in sorted(chats, key=_in_words):
         name = f"chat {chat.chat_id}"
         elapsed_us = _duration(desk, name, chat.duration)
         figures = Figures(elapsed_us=elapsed_us)
@@ -326,7 +248,7 @@ def _fault(chat_id: str | None, advisor_id: str | None) -> str:
     for what, value in (("chat", chat_id), ("advisor", advisor_id)):
         if value is None:
             return f"it names no {what}"
-        if not ID.fullmatch(value):
+        if not is_id(value):
             return f"the {what}'s id is not one that talktime takes: {value}"
     return ""
 
@@ -352,7 +274,7 @@ def _pairs(desk: _Desk, valid: Iterable[tuple[OldRecord, _Old]]) -> dict[str, _P
 def _merged(desk: _Desk, known: Mapping[str, _Old], valid: Iterable[tuple[OldRecord, _Old]]) -> dict[str, _Old]:
     """Return one old chat for each chat id: the record heard of last, else the chat."""
     olds = dict(known)
-    for record, old in sorted(valid, key=lambda one: _heard_of(one[0]), reverse=True):
+    for _, old in sorted(valid, key=lambda one: _heard_of(one[0]), reverse=True):
         there = olds.get(old.chat_id)
         if there is not None and there.record is not None:
             desk.note(old.name, f"{there.name} is of the same chat and was heard of later", old.figures)
@@ -366,16 +288,17 @@ def _merged(desk: _Desk, known: Mapping[str, _Old], valid: Iterable[tuple[OldRec
             desk.before = desk.before.plus(Figures(elapsed_us=-there.figures.elapsed_us))
             if there.figures.elapsed_us != old.figures.elapsed_us:
                 desk.note(there.name, f"its duration is not its record's ({old.name}): the record's is taken")
-        surplus_us = max(0, old.figures.free_us - old.figures.elapsed_us)
-        if surplus_us:
-            desk.note(old.name, "more free time than duration", Figures(free_us=surplus_us))
-        figures = old.figures._replace(free_us=old.figures.free_us - surplus_us)
-        olds[old.chat_id] = _Old(old.name, old.chat_id, old.advisor_id, figures, record)
+        olds[old.chat_id] = old
     return olds
 
 
-def _heard_of(record: OldRecord) -> tuple[int, int, str]:
-    return record.heartbeat_at or 0, record.recorded_at or 0, record.record_id or ""
+def _heard_of(record: OldRecord) -> tuple[int, int, list[str]]:
+    return record.heartbeat_at or 0, record.recorded_at or 0, _in_words(record)
+
+
+def _in_words(row: OldChat | OldRecord) -> list[str]:
+    """Return an order of rows, so that nothing depends on that in which the old database gives them."""
+    return [str(value) for value in row]
 
 
 def _account(desk: _Desk, balance: int, olds: Mapping[str, _Old], pairs: Mapping[str, _Pair], now: int) -> Account:
@@ -448,6 +371,6 @@ def _chat(old: _Old, rules: Rules, now: int) -> Chat:
         stopped_at=stopped_at,
         stop_reason=reason,
         elapsed_us=old.figures.elapsed_us,
-        free_us=old.figures.free_us,
+        free_us=_opening_of(old).chat_free_us,
         cost=old.figures.cost,
     )

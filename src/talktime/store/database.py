@@ -257,13 +257,14 @@ class Line:
 
 async def _wrapped(connection: AsyncConnection, error: psycopg.Error) -> DBAPIError:
     """Return an error of a statement that was sent past SQLAlchemy as it would have told it; drop a lost connection."""
-    lost = not connection.invalidated and (await _driver_of(connection)).closed
+    lost = not connection.invalidated and (await driver_of(connection)).closed
     if lost:
         await connection.invalidate()
     return DBAPIError(None, None, error, connection_invalidated=lost)
 
 
-async def _driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection:
+async def driver_of(connection: AsyncConnection) -> psycopg.AsyncConnection:
+    """Return the driver's own connection, for what SQLAlchemy has no words for."""
     return cast("psycopg.AsyncConnection", (await connection.get_raw_connection()).driver_connection)
 
 

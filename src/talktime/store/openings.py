@@ -46,12 +46,20 @@ _CHAT_TOTALS = _of_users(
 
 
 class OpeningChat(NamedTuple):
-    """What an old system had of a chat: totals in microseconds and micro-credits, and its time record's id, if any."""
+    """What an old system had of a chat: totals in microseconds and micro-credits, and its time record's id, if any.
+
+    `free_us` can be more than `elapsed_us`, since old records tell what their user used with their advisor.
+    """
 
     record_id: str | None
     elapsed_us: int
     free_us: int
     cost: int
+
+    @property
+    def chat_free_us(self) -> int:
+        """The free time with which the chat's own total begins: what its duration has room for."""
+        return min(self.free_us, self.elapsed_us)
 
 
 class TakenOver(NamedTuple):
