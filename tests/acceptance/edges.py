@@ -146,10 +146,10 @@ class Story:
     async def account(self, *, user_id: str = "u1") -> Json:
         return json_of(await self.client.get(f"/v1/users/{user_id}/account"))
 
-    async def items(self, path: str, limit: int = 200) -> list[Json]:
+    async def items(self, path: str, limit: int = 200, **filters: str) -> list[Json]:
         """Turn all pages of a list."""
         found: list[Json] = []
-        query: dict[str, str | int] = {"limit": limit}
+        query: dict[str, str | int] = {"limit": limit, **filters}
         while True:
             page = json_of(await self.client.get(path, params=query))
             found += page["items"]

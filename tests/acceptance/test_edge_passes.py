@@ -75,7 +75,7 @@ async def test_a_reader_between_a_boundary_and_the_next_pass_reads_what_the_pass
             assert running == [reading["chat_id"] for reading in account["running"]]
             [(began, _, _, *parts)] = await story.segments()
             assert (0, [free_us, elapsed_us - free_us, cost]) == (began, parts)
-            [listed] = await story.items(f"/v1/users/u1/chats?state={state}")
+            [listed] = await story.items("/v1/users/u1/chats", state=state)
             assert await story.reading() == listed
             assert "running" == story.stored_state()  # none of which was written down meanwhile
 
