@@ -21,7 +21,7 @@ FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("talktime")
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that is being answered."""

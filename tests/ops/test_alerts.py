@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def fired(tmp_path: Path, series: dict[str, str | None], alerts: list[str]) -> N
 
 
 def promtool(*arguments: str) -> str:
+    if shutil.which("promtool") is None:
+        pytest.skip("there is no promtool on this machine")  # in CI that is a failure
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert 0 == done.returncode, done.stdout + done.stderr
     return done.stdout
