@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from reconciler.audit import Audit, audit
 from reconciler.sweep import BATCHES_AT_ONCE, Pass, repeat, sweep_and_record
+from talktime import operating
 from talktime.errors import DatabaseUnavailable, SettingError
 from talktime.logs import make_logs_discreet
 from talktime.process import run_until_signalled, settle
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     # Lines for a log; a terminal that shows a progress bar needs only the trouble.
     on_terminal = sys.stderr.isatty() and options.every is None and options.duration is None
     logging.basicConfig(level=logging.WARNING if on_terminal else logging.INFO)
-    make_logs_discreet()
+    make_logs_discreet(settings.log_format)
     # Until the passes begin, a SIGTERM unwinds the stack, so that what was started is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -126,7 +128,7 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
             made = await _with_progress(
                 "materializing", lambda progress: sweep_and_record(database, stop, progress=progress)
             )
-            log.info("%s", made)
+            log.info("%s", made, extra={"fields": asdict(made)})
         return SOME_FAILED if made.failed else DONE
     finally:
         await database.close()
@@ -137,12 +139,21 @@ async def _audit(database: Database, stop: asyncio.Event, *, as_json: bool) -> A
         for line in [json.dumps(findings.as_json())] if as_json else findings.lines():
             print(line)
 
+    began = time.monotonic()
     made = await _with_progress(
         "auditing", lambda progress: audit(database, stop, report=report, progress=_logged(progress))
     )
+    if made.finished:
+        await operating.record_audit(
+            database,
+            took_us=round((time.monotonic() - began) * 1_000_000),
+            accounts=made.accounts,
+            differing=made.differing,
+            differences=made.failed,
+        )
     if as_json:
         print(json.dumps(made.as_json()))
-    log.info("%s", made)
+    log.info("%s", made, extra={"fields": made.as_json()})
     return made
 
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import pendulum
@@ -180,7 +180,7 @@ async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for
             sum_of.failed += 1
         else:
             unavailable = None
-            log.info("%s", made)
+            log.info("%s", made, extra={"fields": asdict(made)})
             if made.seconds > every_s:
                 log.warning("the pass took longer than its period of %g s; the next one starts at once", every_s)
             sum_of.accounts += made.accounts

@@ -39,6 +39,8 @@ WRONG_SETTINGS = [
     ("TALKTIME_USER_MAY", "everything"),
     ("TALKTIME_CORS_ORIGINS", "https://app.example.com/"),
     ("TALKTIME_CONNECTIONS_MAX", "0"),
+    ("TALKTIME_LOG_FORMAT", "xml"),
+    ("TALKTIME_LOG_REQUESTS", "true"),
 ]
 
 

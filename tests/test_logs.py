@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import socket
@@ -14,12 +15,12 @@ import pytest
 from sqlalchemy.engine import URL
 
 from talktime.api.tokens import mint
-from talktime.logs import DiscreetFormatter
+from talktime.logs import DiscreetFormatter, JsonFormatter
 from talktime.settings import load_settings
 from tests.api.requests import ROUTES, problem_of
 from tests.api.server import json_of
 from tests.database import Databases, connect
-from tests.program import Running, running, written
+from tests.program import NOWHERE, Running, run, running, written
 
 TOKENS = {"TALKTIME_TOKEN_SECRET": f"mark{secrets.token_hex(20)}", "TALKTIME_TOKEN_ISSUER": "tests"}
 
@@ -27,7 +28,7 @@ TOKENS = {"TALKTIME_TOKEN_SECRET": f"mark{secrets.token_hex(20)}", "TALKTIME_TOK
 # --- one error --------------------------------------------------------------------------------------------------------
 
 
-def logged(error: BaseException) -> str:
+def logged(error: BaseException, formatter: logging.Formatter | None = None) -> str:
     """Return what the log says of an error."""
 
     def fail() -> None:
@@ -37,7 +38,7 @@ def logged(error: BaseException) -> str:
         fail()
     except BaseException:  # noqa: BLE001 - any
         record = logging.LogRecord("n", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
-    return DiscreetFormatter().format(record)
+    return (formatter or DiscreetFormatter()).format(record)
 
 
 def kinds_in(text: str) -> list[str]:
@@ -87,6 +88,29 @@ def test_of_the_database_s_words_the_constraint_and_the_state_are_kept(database_
     text = logged(refusal.value)
     assert "secret" not in text
     assert "psycopg.errors.CheckViolation 23514 ERROR t t_short" in text
+
+
+def test_as_json_an_error_is_one_line_and_as_discreet() -> None:
+    text = logged(KeyError("secret"), JsonFormatter())
+    assert "secret" not in text
+    [line] = text.splitlines()
+    said = json.loads(line)
+    assert {"time", "level", "logger", "message", "error"} == said.keys()
+    assert ("ERROR", "n", "it failed") == (said["level"], said["logger"], said["message"])
+    assert "builtins.KeyError" == said["error"].splitlines()[-1]
+
+
+def test_a_pass_is_logged_with_its_figures(database_url: URL) -> None:
+    variables = {"TALKTIME_DATABASE_URL": written(database_url), "TALKTIME_LOG_FORMAT": "json"}
+    done = run("reconcile", **variables)
+    assert 0 == done.returncode
+    said = json.loads(done.stderr.splitlines()[-1])
+    assert ("INFO", "reconciler") == (said["level"], said["logger"])
+    assert said["message"].startswith("pass accounts=0 chats=0 failed=0 ")
+    assert (0, 0, 0) == (said["accounts"], said["chats"], said["failed"])
+    wrong = run("reconcile", **{**variables, "TALKTIME_DATABASE_URL": NOWHERE})
+    assert 75 == wrong.returncode
+    assert all(json.loads(line) for line in wrong.stderr.splitlines())
 
 
 # --- a service --------------------------------------------------------------------------------------------------------

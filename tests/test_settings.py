@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from talktime.errors import SettingError
+from talktime.logs import LogFormat
 from talktime.settings import RequestLimits, TokenSettings, UserMay, kept_secret, load_settings
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -24,6 +25,13 @@ def test_without_any_variable_there_are_no_tokens_and_no_other_origins() -> None
     settings = load_settings({})
 
     assert (None, UserMay.BEAT, ()) == (settings.tokens, settings.user_may, settings.cors_origins)
+
+
+def test_logs_are_for_people_and_tell_of_no_request_unless_somebody_says_so() -> None:
+    unset, given = load_settings({}), load_settings({"TALKTIME_LOG_FORMAT": "json", "TALKTIME_LOG_REQUESTS": "on"})
+
+    assert (LogFormat.TEXT, False) == (unset.log_format, unset.log_requests)
+    assert (LogFormat.JSON, True) == (given.log_format, given.log_requests)
 
 
 def test_a_secret_and_an_issuer_are_enough() -> None:

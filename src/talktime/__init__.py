@@ -3,6 +3,7 @@
 The rooms, from the top; imports point downwards only::
 
     cli             the `talktime` command; `serving` and `terminal` and `watch` are what it does
+    ops             files for those who run it
     web             what browsers get: the JavaScript client, the demo, the console
     api             HTTP: routes, schemas, problems, who may call    (beside it: the top-level package `reconciler`)
     operations      one function per use case: lock, decide, write; or read one snapshot

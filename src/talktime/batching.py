@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from contextvars import Context
 from itertools import islice
 from typing import Generic, TypeVar
 
@@ -43,6 +44,13 @@ class Batcher(Generic[K, V]):
         self._waiting: dict[K, list[asyncio.Future[V | None]]] = {}
         self._askers = 0
         self._working: asyncio.Task[None] | None = None
+        self.observe: Callable[[int], None] = _unobserved
+        """Called with the size of each batch."""
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for an answer."""
+        return self._askers
 
     async def ask(self, item: K) -> V | None:
         """Return the answer for an item, asked for after this call began.
@@ -56,7 +64,8 @@ class Batcher(Generic[K, V]):
         future: asyncio.Future[V | None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(item, []).append(future)
         if self._working is None:
-            self._working = asyncio.create_task(self._work())
+            # In a context of its own: what is logged of a batch is of no single request.
+            self._working = asyncio.create_task(self._work(), context=Context())
         self._askers += 1
         try:
             return await future
@@ -84,6 +93,7 @@ class Batcher(Generic[K, V]):
         try:
             while self._waiting:
                 items = list(islice(self._waiting, self._items_max))
+                self.observe(len(items))
                 await self._serve({item: self._waiting.pop(item) for item in items})
         finally:
             self._working = None
@@ -109,6 +119,10 @@ class Batcher(Generic[K, V]):
                 for future in futures:
                     if not future.done():  # nobody waits for one that was cancelled
                         future.set_result(answers.get(item))
+
+
+def _unobserved(_: int) -> None:
+    """Leave it at that."""
 
 
 def _fail(batch: Mapping[K, Sequence[asyncio.Future[V | None]]], error: Exception) -> None:

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from talktime.errors import DatabaseUnavailable, OldTablesError, SettingError, TalktimeError
+from talktime.logs import make_logs_discreet
 from talktime.meter.state import CreditKind
 from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO, parse_seconds
+from talktime.ops.files import ABOUT, show
 from talktime.settings import Settings, home_folder, load_settings, parse_database_url
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return reconcile(arguments[1:], prog="talktime reconcile")
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # A command that runs until it is stopped has done its work when it is; another has not.
     stopped = 0 if options.until_stopped else 128
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(stopped and stopped + number))
     try:
         settings = load_settings()
+        make_logs_discreet(settings.log_format)
         if options.home is not None:
             settings = replace(settings, home=options.home)
         options.run(settings, options)
@@ -153,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         default=POLL_SECONDS * MICRO,
         help=f"how often to ask the database (default: {POLL_SECONDS})",
     )
+
+    ops = commands.add_parser("ops", help="print files for those who run it: alert rules")
+    kinds = ops.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, text in ABOUT.items():
+        made = kinds.add_parser(kind, help=text, description=f"Print {text}.")
+        made.set_defaults(run=_ops, until_stopped=False, home=None)
     return parser
 
 
@@ -349,3 +358,7 @@ def _watch(settings: Settings, options: argparse.Namespace) -> None:
     from talktime import watch  # noqa: PLC0415 - see above
 
     watch.watch(settings, options.user_id, options.chat_id, every_us=options.every_us, once=options.once)
+
+
+def _ops(_: Settings, options: argparse.Namespace) -> None:
+    show(options.kind)

@@ -1,6 +1,7 @@
 """What operators look at: all users at once, the last hour, and the reconciler's passes.
 
-It computes what it shows from what is stored, as every reading does, and only reads; `record_pass` alone writes.
+It computes what it shows from what is stored, as every reading does, and only reads; what passes did and audits found
+is recorded here too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from talktime.meter.state import Account, Segment, StopReason
 from talktime.meter.units import MINUTE_US
 from talktime.store import operators
 from talktime.store.accounts import load_due
-from talktime.store.operators import RecordedPass
+from talktime.store.keys import read_clock
+from talktime.store.operators import RecordedAudit, RecordedPass, Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
     from talktime.store.database import Database
 
@@ -34,6 +38,7 @@ MINUTES = 60
 
 HOUR_KEPT_S = 10
 PASSES_KEPT_US = 24 * 60 * MINUTE_US
+AUDITS_KEPT_US = 366 * 24 * 60 * MINUTE_US
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,16 @@ class LastHour:
     minutes: tuple[Minute, ...]
     live: int
     rate: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What is seen of the whole from outside: the work that waits, the last passes and the last audit, if any."""
+
+    waiting: Waiting
+    last_pass: RecordedPass | None
+    last_success: RecordedPass | None
+    last_audit: RecordedAudit | None
 
 
 @dataclass(slots=True)
@@ -224,9 +239,55 @@ async def record_pass(
         chats=chats,
         failed=failed,
     )
+    await _record(database, "pass", partial(operators.insert_pass, made=made, keep_since=began_at - PASSES_KEPT_US))
+
+
+async def record_audit(database: Database, *, took_us: int, accounts: int, differing: int, differences: int) -> None:
+    """Record an audit that has just ended, and forget those of more than a year ago.
+
+    It may have read a replica, which cannot be written: what goes wrong here is logged, and that is all.
+    """
+
+    async def work(connection: AsyncConnection) -> None:
+        now = await read_clock(connection)
+        made = RecordedAudit(
+            audit_id=secrets.token_hex(16),
+            ended_at=now,
+            took_us=took_us,
+            accounts=accounts,
+            differing=differing,
+            differences=differences,
+        )
+        await operators.insert_audit(connection, made, keep_since=now - AUDITS_KEPT_US)
+
+    await _record(database, "audit", work)
+
+
+async def _record(database: Database, what: str, work: Callable[[AsyncConnection], Awaitable[None]]) -> None:
     try:
-        await database.transaction(partial(operators.insert_pass, made=made, keep_since=began_at - PASSES_KEPT_US))
+        await database.transaction(work)
     except DatabaseUnavailable as error:
-        log.warning("the pass could not be recorded: %s", error)
+        log.warning("the %s could not be recorded: %s", what, error)
     except Exception:
-        log.exception("the pass could not be recorded")
+        log.exception("the %s could not be recorded", what)
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+async def from_outside(database: Database) -> Outside:
+    """Return what there is to see from outside, without taking a connection from those who are served.
+
+    Raises:
+        DatabaseUnavailable: no answer.
+    """
+
+    async def work(connection: AsyncConnection) -> Outside:
+        return Outside(
+            waiting=await operators.load_waiting(connection),
+            last_pass=await operators.load_last_pass(connection),
+            last_success=await operators.load_last_pass(connection, without_failure=True),
+            last_audit=await operators.load_last_audit(connection),
+        )
+
+    return await database.aside(work)

@@ -14,6 +14,7 @@ from sqlalchemy import text
 
 from talktime.batching import Batcher
 from talktime.errors import ChatNotActive, ChatNotFound, DatabaseUnavailable, IdempotencyKeyReused, UserNotFound
+from talktime.logs import log_start
 from talktime.meter import commands
 from talktime.meter.advance import advance
 from talktime.meter.reading import AccountReading, Reading, read, read_many
@@ -68,6 +69,11 @@ class Service:
     def beats(self) -> Batcher[ChatKey, Loaded]:
         """Renews the leases of chats whose clocks run, and loads what their readings need."""
         return Batcher(partial(self.batch, self.database.line(), batches.beat_many))
+
+    @property
+    def batchers(self) -> Mapping[str, Batcher[ChatKey, Loaded]]:
+        """The batches by name, for those who measure them."""
+        return {"readings": self.readings, "heartbeats": self.beats}
 
     async def batch(self, line: Line, work: BatchWork[T], keys: Sequence[ChatKey]) -> dict[ChatKey, T]:
         """Do the work of a batch on a line."""
@@ -142,7 +148,7 @@ async def start(
     Unless it may `create`, a chat that does not exist is not found, and nothing is written.
     """
 
-    async def work(connection: AsyncConnection) -> Reading:
+    async def work(connection: AsyncConnection) -> tuple[Reading, int | None]:
         if create:
             stored, now = await accounts.lock_or_create(connection, user_id, chat_id=chat_id, advisor_id=advisor_id)
         else:
@@ -161,9 +167,11 @@ async def start(
             key=key,
         )
         await accounts.save(connection, [(stored, after)])
-        return read(after, chat_id, now)
+        return read(after, chat_id, now), after.chats[chat_id].opened_at
 
-    return await service.database.transaction(work)
+    reading, running_since = await service.database.transaction(work)
+    log_start(reading.state, running_since)
+    return reading
 
 
 async def heartbeat(service: Service, user_id: str, chat_id: str) -> Reading:

@@ -19,7 +19,6 @@ from talktime.api.connections import SURPLUS_MAX, Server
 from talktime.api.tokens import local
 from talktime.errors import DatabaseUnavailable, EmbeddedDatabaseError, KeyNameTaken, TalktimeError
 from talktime.keys import active_keys, new_key
-from talktime.logs import make_logs_discreet
 from talktime.operations import Service
 from talktime.process import run_until_signalled, settle
 from talktime.settings import Settings
@@ -132,9 +131,9 @@ async def _run(plan: _Plan, stop: asyncio.Event) -> None:
             raise
     app = create_app(settings, lambda: database, pages=pages(plan.demo))
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are of what strangers send
-    make_logs_discreet()
     settle()
-    server = Server(app, connections_max=_room_for(settings.connections_max))
+    turned_away = app.state["meters"].turned_away
+    server = Server(app, connections_max=_room_for(settings.connections_max), turned_away=turned_away)
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[plan.listener]))
         stopping = tasks.create_task(stop.wait())

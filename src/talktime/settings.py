@@ -19,6 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from talktime.errors import SettingError
+from talktime.logs import LogFormat
 from talktime.meter.state import Policy, RateCard, Scope, Tariff
 from talktime.meter.units import MAX_RATE, format_credits, parse_credits, parse_seconds
 
@@ -74,7 +75,7 @@ class Settings:
 
     `database_url` is None where the embedded PostgreSQL of `home` is to be used; `service_key` where the environment
     has none; `tokens` where none are to be taken. Pages of `cors_origins` may read answers. `connections_max` is how
-    many connections of clients one process serves at once.
+    many connections of clients one process serves at once. `log_requests` is whether each request is logged.
     """
 
     database_url: URL | None
@@ -89,6 +90,8 @@ class Settings:
     cors_origins: tuple[str, ...]
     limits: RequestLimits
     connections_max: int
+    log_format: LogFormat
+    log_requests: bool
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -123,6 +126,8 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
             refused=_per_second(environment, "REFUSED", "10"),
         ),
         connections_max=_whole(environment, "TALKTIME_CONNECTIONS_MAX", "10000", CONNECTIONS_MAX),
+        log_format=_log_format(environment),
+        log_requests=_is_on(environment, "TALKTIME_LOG_REQUESTS"),
     )
 
 
@@ -189,6 +194,22 @@ def _whole(environment: Mapping[str, str], name: str, default: str, highest: int
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(highest)) and 1 <= int(text) <= highest):
         raise SettingError(name, f"must be an integer from 1 to {highest}{also}, not {text!r}")
     return int(text)
+
+
+def _log_format(environment: Mapping[str, str]) -> LogFormat:
+    name = "TALKTIME_LOG_FORMAT"
+    text = environment.get(name) or LogFormat.TEXT
+    try:
+        return LogFormat(text)
+    except ValueError:
+        raise SettingError(name, f"must be one of {', '.join(LogFormat)}, not {text!r}") from None
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name) or "off"
+    if text not in ("on", "off"):
+        raise SettingError(name, f"must be on or off, not {text!r}")
+    return text == "on"
 
 
 def _rate(environment: Mapping[str, str]) -> int:

@@ -29,7 +29,8 @@ async def serving(url: URL, *, pages: Sequence[Any] = (), **variables: str) -> A
     """
     settings = load_settings({"TALKTIME_SERVICE_KEY": KEY, **UNLIMITED, **variables})
     app = create_app(settings, lambda: Database(url), pages=pages)
-    server = Server(app, connections_max=settings.connections_max)
+    turned_away = app.state["meters"].turned_away
+    server = Server(app, connections_max=settings.connections_max, turned_away=turned_away)
     # With the protocol named, as the command does: asyncio turns off Nagle's algorithm only then.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

@@ -195,8 +195,8 @@ OTHERS = [
 
 
 def told(response: Response) -> tuple[int, bytes, list[tuple[str, str]]]:
-    """Return all that an answer tells, but when it was given."""
-    headers = [(name, value) for name, value in response.headers.items() if name != "date"]
+    """Return all that an answer tells, but when it was given and to which request."""
+    headers = [(name, value) for name, value in response.headers.items() if name not in ("date", "x-request-id")]
     return response.status_code, response.content, headers
 
 

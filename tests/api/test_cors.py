@@ -73,7 +73,9 @@ def readable(response: Response, origin: str = APP) -> None:
     """Check that a page of this origin may read the answer, and that no cache gives it to others."""
     assert origin == response.headers["access-control-allow-origin"]
     assert ["Origin"] == response.headers.get_list("vary")
-    assert {"Retry-After", "WWW-Authenticate"} == set(response.headers["access-control-expose-headers"].split(", "))
+    assert {"Retry-After", "WWW-Authenticate", "X-Request-Id"} == set(
+        response.headers["access-control-expose-headers"].split(", ")
+    )
     assert "access-control-allow-credentials" not in response.headers
 
 

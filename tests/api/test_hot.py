@@ -46,7 +46,7 @@ async def applications(url: URL, **variables: str) -> AsyncIterator[dict[str, As
 
 
 def shown(response: Response) -> tuple[int, list[tuple[str, str]], bytes]:
-    headers = sorted(response.headers.items())
+    headers = sorted((name, value) for name, value in response.headers.items() if name != "x-request-id")
     # Litestar keeps methods as a set, which each application may tell in another order.
     headers = [(name, ", ".join(sorted(value.split(", "))) if name == "allow" else value) for name, value in headers]
     return response.status_code, headers, response.content

@@ -194,9 +194,9 @@ def _without_indexes(connection: psycopg.Connection) -> Iterator[None]:
     """Take away indexes, keys and foreign keys of users' tables, and make them again when the block ends."""
     constraints = connection.execute(
         "SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint"
-        " WHERE contype IN ('p', 'u', 'f') AND conrelid = ANY(%s::regclass[])"
+        " WHERE contype IN ('p', 'u', 'f') AND (conrelid = ANY(%s::regclass[]) OR confrelid = ANY(%s::regclass[]))"
         " ORDER BY contype = 'f', conrelid, conname",
-        [_TABLES],
+        [_TABLES, _TABLES],
     ).fetchall()
     indexes = connection.execute(
         "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index"

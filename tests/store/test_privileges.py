@@ -36,7 +36,7 @@ FIXED = {
     "chat": {"bucket", "user_id", "chat_id", "advisor_id", "started_at"},
     "service_key": {"name", "digest", "created_at"},
 }
-DELETED_FROM = {"console_session", "reconciler_pass"}
+DELETED_FROM = {"console_session", "reconciler_audit", "reconciler_pass"}
 
 
 @pytest.fixture

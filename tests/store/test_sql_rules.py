@@ -207,6 +207,7 @@ async def _use_everything(service: operations.Service) -> None:
         await operations.read_segments(service, user_id, "c1", after=place or 0, limit=1)
     await operations.read_chats(service, "u", state=ChatState.RUNNING, after=None, limit=10)
     assert not await audit_lines(service.database)
+    await operating.record_audit(service.database, took_us=1, accounts=3, differing=0, differences=0)
     await _look_as_operators_do(service)
     await _use_keys(service)
 
@@ -217,6 +218,7 @@ async def _look_as_operators_do(service: operations.Service) -> None:
     await operating.find_users(service.database, "u", limit=1)
     await operating.lag(service.database)
     await operating.last_passes(service.database, limit=1)
+    await operating.from_outside(service.database)
 
 
 async def _use_keys(service: operations.Service) -> None:

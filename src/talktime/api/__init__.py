@@ -12,5 +12,7 @@
 ``jwks``      the public keys for them, in a file
 ``problems``  domain error -> status, one table; problem documents
 ``docs``      the OpenAPI document and a page that shows it without reaching for the internet
-``metrics``   counts and durations of requests
+``metrics``   what Prometheus sees of the processes
+``outside``   and what the database tells it of the whole
+``requests``  the ids of requests
 """

@@ -11,7 +11,7 @@ from litestar import Litestar, Request, Response, get
 from litestar.config.cors import CORSConfig
 from litestar.datastructures import ResponseHeader, State
 from litestar.exceptions import HTTPException
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from talktime import operations
 from talktime.api.auth import Gate
@@ -20,7 +20,8 @@ from talktime.api.docs import SCHEMA_PLUGIN, openapi_config, problems
 from talktime.api.hot import HotRoutes
 from talktime.api.keyring import KeyRing
 from talktime.api.limits import Limits
-from talktime.api.metrics import Meters, MetricsConfig
+from talktime.api.metrics import Meters, MetricsConfig, looked_at
+from talktime.api.outside import OutsideMeters
 from talktime.api.params import IDEMPOTENCY_KEY, check_path
 from talktime.api.problems import (
     Refusal,
@@ -29,6 +30,7 @@ from talktime.api.problems import (
     answer_refusal,
     answer_unexpected,
 )
+from talktime.api.requests import HEADER as REQUEST_ID
 from talktime.api.router import v1_router
 from talktime.api.schemas import Health, JsonResponse
 from talktime.api.tokens import Tokens
@@ -55,8 +57,10 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
         service = Service(database=open_database(), policy=settings.policy, default_card=settings.default_card)
         app.state["service"] = service
+        metrics.meters.watch(service)
         try:
-            yield
+            async with looked_at(metrics.meters, service):
+                yield
         finally:
             await service.close()
 
@@ -69,7 +73,7 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
         settings.user_may,
         Limits(settings.limits),
     )
-    metrics = MetricsConfig()
+    metrics = MetricsConfig(meters=Meters(log_requests=settings.log_requests))
 
     def answer_unrouted(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
         """Answer Litestar's own errors. Which paths there are is no secret; /schema lists them."""
@@ -83,7 +87,14 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
     app = Litestar(
         route_handlers=[v1_router(gate), livez, readyz, metrics_page, *pages],
         lifespan=[lifespan],
-        state=State({"gate": gate, "heartbeat_us": settings.heartbeat_us, "meters": metrics.meters}),
+        state=State(
+            {
+                "gate": gate,
+                "heartbeat_us": settings.heartbeat_us,
+                "meters": metrics.meters,
+                "outside": OutsideMeters(),
+            }
+        ),
         middleware=[metrics.middleware],
         request_class=ApiRequest,
         request_max_body_size=BODY_BYTES_MAX,
@@ -113,8 +124,8 @@ def _cors(origins: Sequence[str]) -> dict[str, Any]:
     config = CORSConfig(
         allow_origins=list(origins),
         allow_methods=["GET", "POST", "PUT"],
-        allow_headers=["Authorization", "Content-Type", IDEMPOTENCY_KEY],
-        expose_headers=["Retry-After", "WWW-Authenticate"],
+        allow_headers=["Authorization", "Content-Type", IDEMPOTENCY_KEY, REQUEST_ID],
+        expose_headers=["Retry-After", "WWW-Authenticate", REQUEST_ID],
         max_age=PREFLIGHT_SECONDS,
     )
     # Also where no origin was sent: such an answer must not be kept for a page of another origin.
@@ -152,8 +163,12 @@ async def readyz(request: ApiRequest) -> Health:
     return Health("ready")
 
 
-@get("/metrics", include_in_schema=False, sync_to_thread=True)
-def metrics_page(request: ApiRequest) -> Response[bytes]:
-    """Return the meters in Prometheus' text format."""
-    meters = cast("Meters", request.app.state["meters"])
-    return Response(generate_latest(meters.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+@get("/metrics", include_in_schema=False)
+async def metrics_page(request: ApiRequest) -> Response[bytes]:
+    """Return the meters of the processes, and what the database tells of the whole, in Prometheus' text format."""
+    state = request.app.state
+    service, meters = cast("Service", state["service"]), cast("Meters", state["meters"])
+    meters.look(service)
+    whole = await cast("OutsideMeters", state["outside"]).exposition(service.database)
+    own = await asyncio.to_thread(meters.exposition)
+    return Response(own + whole, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from talktime.api.framing import OneAtATime
 from talktime.api.problems import UNAVAILABLE, RawProblem, raw_problem
+from talktime.api.requests import id_header
 
 HEAD_SECONDS_MAX = 10
 """From the first byte of a request, or from the beginning of the connection, to the end of its headers."""
@@ -35,8 +36,12 @@ _SURPLUS_SECONDS_MAX = 2
 _TICKS_PER_SECOND = 10
 
 
+def _uncounted() -> None:
+    """Leave it at that."""
+
+
 class _Config(uvicorn.Config):
-    def __init__(self, app: Any, connections_max: int) -> None:  # noqa: ANN401 - uvicorn has types of its own
+    def __init__(self, app: Any, connections_max: int, turned_away: Callable[[], None]) -> None:  # noqa: ANN401 - uvicorn has types of its own
         super().__init__(
             app,
             http=Connection,
@@ -47,14 +52,18 @@ class _Config(uvicorn.Config):
             timeout_graceful_shutdown=SHUTDOWN_SECONDS_MAX,
         )
         self.connections_max = connections_max
+        self.turned_away = turned_away
 
 
 class Server(uvicorn.Server):
-    """Serves an application within the limits above. Signals are left alone; `listens` is set once it does."""
+    """Serves an application within the limits above. Signals are left alone; `listens` is set once it does.
 
-    def __init__(self, app: Any, *, connections_max: int) -> None:  # noqa: ANN401 - as above
-        self._timely = _Timely(app)
-        super().__init__(_Config(self._timely, connections_max))
+    `turned_away` is called with each request that is told 503 here, and so is none of the application's.
+    """
+
+    def __init__(self, app: Any, *, connections_max: int, turned_away: Callable[[], None] = _uncounted) -> None:  # noqa: ANN401 - as above
+        self._timely = _Timely(app, turned_away)
+        super().__init__(_Config(self._timely, connections_max, turned_away))
         self.listens = asyncio.Event()
 
     @contextlib.contextmanager
@@ -94,7 +103,8 @@ class Connection(OneAtATime):
             transport.abort()
         elif surplus > 0:
             self._is_surplus = True
-            self.app = cast("Any", _Full(cast("ASGIApp", self.app)))
+            turned_away = cast("_Config", self.config).turned_away
+            self.app = cast("Any", _Full(cast("ASGIApp", self.app), turned_away))
 
     def cut_if_overdue(self, now: float) -> None:
         """Cut the connection if what it was busy with when it was last looked at has taken too long."""
@@ -127,18 +137,19 @@ class Connection(OneAtATime):
 class _Timely:
     """An application whose requests are answered in time, if only that there is no answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, turned_away: Callable[[], None]) -> None:
         self._app = app
+        self._turned_away = turned_away
         self._exchanges: set[_Exchange] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != ScopeType.HTTP:
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send)
+        exchange = _Exchange(scope, receive, send, self._turned_away)
         self._exchanges.add(exchange)
         try:
-            await exchange.run(self._app, scope)
+            await exchange.run(self._app)
         finally:
             self._exchanges.discard(exchange)
 
@@ -149,7 +160,9 @@ class _Timely:
 
 
 class _Exchange:
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, turned_away: Callable[[], None]) -> None:
+        self._scope = scope
+        self._turned_away = turned_away
         self._receive = receive
         self._send = send
         self._loop = asyncio.get_running_loop()
@@ -157,9 +170,9 @@ class _Exchange:
         self._is_answered = False
         self._giving_up: asyncio.Task[None] | None = None
 
-    async def run(self, app: ASGIApp, scope: Scope) -> None:
+    async def run(self, app: ASGIApp) -> None:
         try:
-            await app(scope, self._hear, self._say)
+            await app(self._scope, self._hear, self._say)
         except asyncio.CancelledError:
             # The server ends, and has waited for long. Nobody else cancels a request.
             if self._giving_up is not None:
@@ -167,8 +180,9 @@ class _Exchange:
             if self._is_answered:
                 raise
             self._is_answered = True
+            self._turned_away()
             answer = raw_problem(UNAVAILABLE, "the service is ending; repeat the request", {"connection": "close"})
-            await _say(answer, self._send)
+            await _say(answer, self._scope, self._send)
         finally:
             if self._giving_up is not None:
                 await self._giving_up
@@ -189,24 +203,28 @@ class _Exchange:
             return
         # The request is not cancelled: what it waits for has limits of its own, and is better left to end by itself.
         self._is_answered = True
+        self._turned_away()
         answer = raw_problem(UNAVAILABLE, "there was no answer in time, and the outcome is unknown: repeat the request")
-        self._giving_up = self._loop.create_task(_say(answer, self._send))
+        self._giving_up = self._loop.create_task(_say(answer, self._scope, self._send))
 
 
 class _Full:
     """An application that is for those who look whether the process is alive, and nobody else."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, turned_away: Callable[[], None]) -> None:
         self._app = app
+        self._turned_away = turned_away
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == ScopeType.HTTP and scope["path"] == "/livez":
             await self._app(scope, receive, send)
             return
+        self._turned_away()
         answer = raw_problem(UNAVAILABLE, "there are too many connections; try again", {"connection": "close"})
-        await _say(answer, send)
+        await _say(answer, scope, send)
 
 
-async def _say(answer: RawProblem, send: Send) -> None:
-    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+async def _say(answer: RawProblem, scope: Scope, send: Send) -> None:
+    headers = [*answer.headers, id_header(scope)]
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body, "more_body": False})

@@ -7,6 +7,8 @@ from types import MappingProxyType
 
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from talktime.api.requests import id_header
+
 PAGE_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "Referrer-Policy": "same-origin",
@@ -41,13 +43,13 @@ def complete(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 def completing(app: ASGIApp) -> ASGIApp:
-    """Return an application whose answers, those of no route too, have the headers that this one's lack."""
+    """Return an application whose answers, those of no route too, have the headers that this one's lack, and an id."""
 
     async def completed(scope: Scope, receive: Receive, send: Send) -> None:
         async def say(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", ()))
-                message["headers"] = [*headers, *complete(headers)]
+                message["headers"] = [*headers, *complete(headers), id_header(scope)]
             await send(message)
 
         await app(scope, receive, say)

@@ -19,6 +19,7 @@ from litestar.routes import HTTPRoute
 
 from talktime.api.bodies import ApiRequest, says_no_body
 from talktime.api.headers import complete, completing, encode_headers
+from talktime.api.requests import begin_request, id_header
 from talktime.api.schemas import JSON, ReadyAnswer, encoded
 
 if TYPE_CHECKING:
@@ -56,12 +57,14 @@ class HotRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] == ScopeType.HTTP and _is_plain(scope):
-            match = _PATH.fullmatch(scope["path"])
-            hot = self._hot.get((scope["method"], match[3])) if match else None
-            if match and hot:
-                await self._serve(hot, {"user_id": match[1], "chat_id": match[2]}, scope, receive, send)
-                return
+        if scope["type"] == ScopeType.HTTP:
+            begin_request(scope)
+            if _is_plain(scope):
+                match = _PATH.fullmatch(scope["path"])
+                hot = self._hot.get((scope["method"], match[3])) if match else None
+                if match and hot:
+                    await self._serve(hot, {"user_id": match[1], "chat_id": match[2]}, scope, receive, send)
+                    return
         await self.framework(scope, receive, send)
 
     async def _serve(self, hot: _Hot, ids: dict[str, str], scope: HTTPScope, receive: Receive, send: Send) -> None:
@@ -82,7 +85,8 @@ class HotRoutes:
             await self.framework(scope, receive, send)
             return
         try:
-            await ReadyAnswer(hot.handler.status_code, hot.headers, encoded(content))(scope, receive, send)
+            headers = [*hot.headers, id_header(scope)]
+            await ReadyAnswer(hot.handler.status_code, headers, encoded(content))(scope, receive, send)
         finally:
             self._meters.observe(scope["method"], hot.template, hot.handler.status_code, perf_counter() - began)
 

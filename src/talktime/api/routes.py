@@ -271,6 +271,7 @@ async def heartbeat(request: ApiRequest, user_id: UserId, chat_id: ChatId) -> Re
 async def heartbeats(request: ApiRequest, data: JSONBody[BeatsBody]) -> BeatResults:
     """Keep many chats' clocks running."""
     valid = [(beat.user_id, beat.chat_id) for beat in data.beats if is_id(beat.user_id) and is_id(beat.chat_id)]
+    request.app.state["meters"].observe_many(len(data.beats))
     found = dict(zip(valid, await beats.heartbeats(_service(request), valid), strict=True))
     return BeatResults([_beat_result(found.get((beat.user_id, beat.chat_id))) for beat in data.beats])
 

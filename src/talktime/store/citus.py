@@ -28,7 +28,7 @@ DISTRIBUTED = (
     *("opening_account", "opening_allowance", "opening_chat"),
 )
 """Parents before children: Citus refuses a foreign key to a table that is not distributed yet."""
-LOCAL = ("console_session", "reconciler_pass", "service_key")
+LOCAL = ("console_session", "reconciler_audit", "reconciler_pass", "service_key")
 
 SETTINGS = (
     # The lock of migrations: one at a time, and neither they nor this beside the other.

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,7 +19,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from talktime.errors import DatabaseUnavailable, LockTimeout
 from talktime.store.embedded import embedded_postgres
@@ -85,6 +86,15 @@ def provide_database(url: URL | None, home: Path) -> Iterator[URL]:
         yield make_url(embedded_url)
 
 
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """How many connections a pool has at most, how many of them are in use, and how many wait to get one."""
+
+    size: int
+    in_use: int
+    waiting: int
+
+
 class Database:
     """A pool of connections to one PostgreSQL."""
 
@@ -92,6 +102,7 @@ class Database:
         self.engine = self._engine(url, pool_size=pool_size, max_overflow=0, pool_timeout=POOL_WAIT_SECONDS_MAX)
         self._beside = self._engine(url, poolclass=NullPool)
         self._lines: list[Line] = []
+        self._waiting = 0
         self._told_of_role = False
         self.on_citus = False
         """Whether the database is a Citus cluster; known from the first connection on."""
@@ -125,7 +136,7 @@ class Database:
             DatabaseUnavailable: no answer. If the connection was lost at COMMIT the outcome is unknown: the caller
                 repeats the request, which its idempotency makes safe.
         """
-        return await self._run(work, self.engine.connect, commits=True)
+        return await self._run(work, self._connect, commits=True)
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Run `work`, which reads with a single statement, without the cost of a transaction around it."""
@@ -138,16 +149,40 @@ class Database:
         """
         return await self._run(work, partial(self._connect, "REPEATABLE READ"), patient=patient)
 
+    async def aside(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` as `snapshot` does, on a connection opened for it: it does not wait for one of the pool."""
+        return await self._run(work, self._connect_beside)
+
     def line(self) -> Line:
         """Return a connection beside the pool, for one user who needs it all the time."""
         line = Line(partial(self._run, commits=False), self._beside)
         self._lines.append(line)
         return line
 
+    @property
+    def pool(self) -> PoolState:
+        """How the pool stands."""
+        pool = cast("QueuePool", self.engine.pool)
+        return PoolState(size=pool.size(), in_use=pool.checkedout(), waiting=self._waiting)
+
     @asynccontextmanager
-    async def _connect(self, isolation: str) -> AsyncIterator[AsyncConnection]:
-        async with self.engine.connect() as connection:
-            yield await connection.execution_options(isolation_level=isolation)
+    async def _connect(self, isolation: str | None = None) -> AsyncIterator[AsyncConnection]:
+        waits = 1
+        self._waiting += waits
+        try:
+            async with self.engine.connect() as connection:
+                self._waiting -= waits
+                waits = 0
+                if isolation is not None:
+                    await connection.execution_options(isolation_level=isolation)
+                yield connection
+        finally:
+            self._waiting -= waits
+
+    @asynccontextmanager
+    async def _connect_beside(self) -> AsyncIterator[AsyncConnection]:
+        async with self._beside.connect() as connection:
+            yield await connection.execution_options(isolation_level="REPEATABLE READ")
 
     async def _run(
         self,

@@ -7,9 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Integer, Text, and_, bindparam, delete, func, insert, literal_column, select, tuple_
+from sqlalchemy import (
+    Integer,
+    Interval,
+    Text,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal_column,
+    select,
+    tuple_,
+    type_coerce,
+)
 
 from talktime.meter.state import Account, Allowance, Chat, ChatState, Segment
 from talktime.store import tables
@@ -24,12 +38,14 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _account, _allowance, _chat, _segment = tables.account, tables.allowance, tables.chat, tables.segment
-_pass = tables.reconciler_pass
+_pass, _audit = tables.reconciler_pass, tables.reconciler_audit
 
 # A literal, not a parameter: only so does the planner see that the index of live chats has them all.
 _IS_RUNNING = _chat.c.state == literal_column(f"'{ChatState.RUNNING}'")
 _LIMIT = bindparam("at_most", type_=Integer)
 _SINCE = bindparam("since", type_=tables.Instant)
+
+MICROSECOND = timedelta(microseconds=1)
 
 # Ids are ASCII and sorted by code point: no id that begins with a prefix comes after the prefix and this.
 _AFTER_ALL_IDS = "\x7f"
@@ -95,7 +111,29 @@ USERS_FROM = (
 )
 """The first user ids of a range."""
 
-OVER_ALL_BUCKETS = (COUNT_RUNNING, NEWEST_RUNNING, ALL_RUNNING, THOSE_OF_NEWEST, SEGMENTS_ENDED, USERS_FROM)
+_now = bindparam("now", type_=tables.Instant)
+_due_since = func.greatest(_account.c.materialized_through, _account.c.due_at, type_=tables.Instant)
+_is_due = _account.c.due_at <= _now
+
+WORK_WAITING = select(
+    func.min(_due_since).filter(_is_due),
+    type_coerce(func.sum(_now - _due_since).filter(_is_due), Interval),
+    func.max(_account.c.materialized_through),
+).where(_account.c.due_at.is_not(None))
+"""Since when the oldest of what a pass has to write waits, and for how long all of it together; a row.
+
+And the latest instant up to which one of the accounts was materialized that have something to write now or later.
+"""
+
+OVER_ALL_BUCKETS = (
+    COUNT_RUNNING,
+    NEWEST_RUNNING,
+    ALL_RUNNING,
+    THOSE_OF_NEWEST,
+    SEGMENTS_ENDED,
+    USERS_FROM,
+    WORK_WAITING,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +147,33 @@ class RecordedPass:
     accounts: int
     chats: int
     failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedAudit:
+    """An audit that got to its end: when that was, how long it took, and what it found."""
+
+    audit_id: str
+    ended_at: int
+    took_us: int
+    accounts: int
+    differing: int
+    differences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits for a pass, as of the instant `now`.
+
+    `lag_us` is for how long the oldest of it has been waiting, and `unmaterialized_us` the sum over all accounts.
+    `ahead_us` is how far the latest instant that something was written for lies beyond `now`: 0 unless the clock
+    stepped back.
+    """
+
+    now: int
+    lag_us: int
+    unmaterialized_us: int
+    ahead_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +243,38 @@ async def load_passes(connection: AsyncConnection, limit: int) -> tuple[list[Rec
     passes = [RecordedPass(**row) for row in rows.mappings()]
     now: int = (await connection.execute(CLOCK)).scalar_one()
     return passes, now
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+async def load_waiting(connection: AsyncConnection) -> Waiting:
+    """Read what waits for a pass; for one snapshot."""
+    now: int = (await connection.execute(CLOCK)).scalar_one()
+    oldest, waited, latest = (await connection.execute(WORK_WAITING, {"now": now})).one()
+    return Waiting(
+        now=now,
+        lag_us=0 if oldest is None else max(0, now - oldest),
+        unmaterialized_us=0 if waited is None else max(0, waited // MICROSECOND),
+        ahead_us=0 if latest is None else max(0, latest - now),
+    )
+
+
+async def load_last_pass(connection: AsyncConnection, *, without_failure: bool = False) -> RecordedPass | None:
+    """Read the pass that began last, of all or of those that could write every account; None if there is none."""
+    query = select(_pass).order_by(_pass.c.began_at.desc(), _pass.c.pass_id).limit(1)
+    row = (await connection.execute(query.where(_pass.c.failed == 0) if without_failure else query)).mappings().first()
+    return None if row is None else RecordedPass(**row)
+
+
+async def load_last_audit(connection: AsyncConnection) -> RecordedAudit | None:
+    """Read the audit that ended last; None if there is none."""
+    query = select(_audit).order_by(_audit.c.ended_at.desc(), _audit.c.audit_id).limit(1)
+    row = (await connection.execute(query)).mappings().first()
+    return None if row is None else RecordedAudit(**row)
+
+
+async def insert_audit(connection: AsyncConnection, made: RecordedAudit, *, keep_since: int) -> None:
+    """Write what an audit found, and forget those that ended before an instant; a transaction of its own."""
+    await connection.execute(insert(_audit).values(asdict(made)))
+    await connection.execute(delete(_audit).where(_audit.c.ended_at < bindparam("since", keep_since, tables.Instant)))

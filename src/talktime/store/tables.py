@@ -321,3 +321,16 @@ reconciler_pass = Table(
     PrimaryKeyConstraint("pass_id"),
     Index("ix_reconciler_pass_began", "began_at"),
 )
+
+reconciler_audit = Table(
+    "reconciler_audit",
+    metadata,
+    Column("audit_id", Text, nullable=False),
+    _instant("ended_at"),
+    _number("took_us"),
+    _number("accounts"),
+    _number("differing"),
+    _number("differences"),
+    PrimaryKeyConstraint("audit_id"),
+    Index("ix_reconciler_audit_ended", "ended_at"),
+)
