@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
 from talktime.meter.state import CreditKind
 from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO, parse_seconds
+from talktime.ops.files import ABOUT, show, write
 from talktime.settings import Settings, home_folder, load_settings
 
 T = TypeVar("T")
@@ -138,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         default=POLL_SECONDS * MICRO,
         help=f"how often to ask the database (default: {POLL_SECONDS})",
     )
+
+    ops = commands.add_parser("ops", help="print files for those who run it: crontab, systemd units, manifest")
+    kinds = ops.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for kind, text in ABOUT.items():
+        made = kinds.add_parser(kind, help=text, description=f"Print {text}.")
+        made.add_argument("--to", type=Path, metavar="FOLDER", help="write each into a file of its own there instead")
+        made.set_defaults(run=_ops, until_stopped=False, home=None)
     return parser
 
 
@@ -305,3 +313,10 @@ def _watch(settings: Settings, options: argparse.Namespace) -> None:
     from talktime import watch  # noqa: PLC0415 - see above
 
     watch.watch(settings, options.user_id, options.chat_id, every_us=options.every_us, once=options.once)
+
+
+def _ops(_: Settings, options: argparse.Namespace) -> None:
+    if options.to is None:
+        show(options.kind)
+    else:
+        write(options.kind, options.to)
