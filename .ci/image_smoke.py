@@ -28,6 +28,13 @@ CREATE ROLE talktime_service LOGIN PASSWORD '{SERVICE_PASSWORD}' IN ROLE talktim
 REVOKE CONNECT ON DATABASE talktime FROM PUBLIC;
 GRANT CONNECT ON DATABASE talktime TO talktime_service;
 """
+# As the README has it, but on the same server, where the roles are.
+RESTORE = """
+export PGHOST=127.0.0.1 PGUSER=owner
+pg_dump --format=custom --file=/tmp/talktime.dump talktime
+createdb restored
+pg_restore --dbname=restored --exit-on-error --jobs=2 /tmp/talktime.dump
+"""
 
 
 def main(image: str, postgres_image: str) -> None:
@@ -81,7 +88,14 @@ def smoke(image: str, postgres_image: str) -> None:
         print(f"{part}: exit code {code} {took:.1f} s after SIGTERM")
         if code != "0" or took > STOP_S:
             sys.exit(f"{part} did not end in order")
-    audited = json.loads(command(image, "reconcile", "--audit", "--json", **service).splitlines()[-1])
+    audit(image, **service)
+    run(*with_password, "sh", "-ec", RESTORE)
+    audit(image, TALKTIME_DATABASE_URL=service["TALKTIME_DATABASE_URL"].removesuffix("talktime") + "restored")
+
+
+def audit(image: str, **variables: str) -> None:
+    """See that every figure follows from the others."""
+    audited = json.loads(command(image, "reconcile", "--audit", "--json", **variables).splitlines()[-1])
     print(f"audit: {audited}")
     if audited["accounts"] != 1 or audited["differences"]:
         sys.exit("the audit is not clean")
