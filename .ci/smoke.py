@@ -68,9 +68,9 @@ def run(*command: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=START_SECONDS_MAX, check=True).stdout
 
 
-def call(method: str, url: str, key: str | None = None, body: object = None) -> str:
-    """Make a request; an answer that is no success is an exception."""
-    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+def call(method: str, url: str, key: str | None = None, body: object = None, **more: str) -> str:
+    """Make a request, with more headers if need be; an answer that is no success is an exception."""
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {}), **more}
     data = None if body is None else json.dumps(body).encode()
     with urlopen(Request(url, data, headers, method=method), timeout=10) as answer:
         return str(answer.read().decode())

@@ -1,13 +1,23 @@
-"""Alembic's entry: runs the migrations in one transaction, for `talktime migrate` and for the `alembic` command."""
+"""Alembic's entry: runs each migration in a transaction of its own, for `talktime migrate` and the `alembic` command.
+
+The services run on meanwhile, so whatever a migration locks, it waits for briefly and holds briefly.
+"""
 
 from __future__ import annotations
 
 import os
+import time
 
 from alembic import context
-from sqlalchemy import create_engine, make_url, pool, text
+from sqlalchemy import Connection, create_engine, make_url, pool, text
 
+from talktime.errors import DatabaseUnavailable
 from talktime.store.tables import metadata
+
+ANOTHER_SECONDS_MAX = 60
+# A table is not waited for long: whatever queues behind it would wait too. And a statement that takes longer is none to
+# lock a table for. One that locks nobody out may set a limit of its own.
+_LIMITS = "SET lock_timeout = '5s'; SET statement_timeout = '60s'"
 
 
 def run() -> None:
@@ -16,15 +26,30 @@ def run() -> None:
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"), poolclass=pool.NullPool, connect_args={"connect_timeout": 5}
     )
-    with engine.begin() as connection:
-        # One migration at a time; another one is waited for, but not for ever.
-        connection.execute(text("SET LOCAL lock_timeout = '60s'"))
-        connection.execute(text("SELECT pg_advisory_xact_lock(8317214)"))
-        # None that waits long for a table: whatever queues behind it would wait too.
-        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
-        context.configure(connection=connection, target_metadata=metadata, compare_type=True)
+    with engine.connect() as connection:
+        _wait_for_others(connection)
+        connection.execute(text(_LIMITS))
+        connection.commit()
+        context.configure(
+            connection=connection, target_metadata=metadata, compare_type=True, transaction_per_migration=True
+        )
         with context.begin_transaction():
             context.run_migrations()
+
+
+def _wait_for_others(connection: Connection) -> None:
+    """Take the lock of migrations, which the session keeps to its end.
+
+    By asking for it again and again: a session that waits for it would have a snapshot, and an index that the other one
+    makes concurrently waits for all of those.
+    """
+    patient_until = time.monotonic() + ANOTHER_SECONDS_MAX
+    while not connection.scalar(text("SELECT pg_try_advisory_lock(8317214)")):
+        connection.commit()
+        if time.monotonic() > patient_until:
+            message = "cannot migrate the database: another migration runs"
+            raise DatabaseUnavailable(message)
+        time.sleep(0.2)
 
 
 run()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -13,21 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-from talktime.errors import DatabaseUnavailable, OldTablesError, SettingError, TalktimeError
+from talktime import arguments
+from talktime.errors import DatabaseUnavailable, SettingError, TalktimeError
 from talktime.logs import make_logs_discreet
 from talktime.meter.state import CreditKind
-from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO, parse_seconds
-from talktime.ops.files import ABOUT, show
-from talktime.settings import Settings, home_folder, load_settings, parse_database_url
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import URL
-
-    from talktime.legacy.tables import Mapped
-
-T = TypeVar("T")
+from talktime.meter.units import MAX_BLOCK_US, MAX_FREE_US, MICRO
+from talktime.ops.files import ABOUT, show, write
+from talktime.settings import Settings, home_folder, load_settings
 
 FAILED, BAD_USE = 1, 2
 NO_DATABASE = os.EX_TEMPFAIL
@@ -38,12 +31,12 @@ POLL_SECONDS = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["reconcile"]:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["reconcile"]:
         from reconciler.__main__ import main as reconcile  # noqa: PLC0415 - only this command needs it
 
-        return reconcile(arguments[1:], prog="talktime reconcile")
-    options = _parser().parse_args(arguments)
+        return reconcile(words[1:], prog="talktime reconcile")
+    options = _parser().parse_args(words)
     logging.basicConfig(level=logging.INFO)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # A command that runs until it is stopped has done its work when it is; another has not.
@@ -81,177 +74,114 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"talktime {version('talktime')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    at_home = argparse.ArgumentParser(add_help=False)
-    at_home.add_argument(
-        "--home", type=home_folder, help="folder of the data (default: TALKTIME_HOME, else the user's)"
-    )
+    for add in (_add_services, _add_keys, _add_people, _add_moving, _add_files):
+        add(commands)
+    return parser
 
-    def command(among: Any, name: str, run: Callable[[Settings, argparse.Namespace], None], text: str) -> Any:  # noqa: ANN401 - argparse does not name its types
-        made = among.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[at_home])
-        made.set_defaults(run=run, until_stopped=run in (_up, _serve, _watch))
-        return made
 
-    up = command(commands, "up", _up, "start all of it on this machine: database, migrations, API, reconciler")
+def _command(among: Any, name: str, run: Callable[[Settings, argparse.Namespace], None], text: str) -> Any:  # noqa: ANN401 - argparse does not name its types
+    made = among.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    made.add_argument("--home", type=home_folder, help="folder of the data (default: TALKTIME_HOME, else the user's)")
+    made.set_defaults(run=run, until_stopped=run in (_up, _serve, _watch))
+    return made
+
+
+def _add_services(commands: Any) -> None:  # noqa: ANN401 - as above
+    up = _command(commands, "up", _up, "start all of it on this machine: database, migrations, API, reconciler")
     up.add_argument("--no-demo", action="store_true", help="without the demo page and its sample data")
-    serve = command(commands, "serve", _serve, "start the API alone")
+    serve = _command(commands, "serve", _serve, "start the API alone")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback only)")
     for service in (up, serve):
-        service.add_argument("--port", type=_port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)")
-    migrate = command(commands, "migrate", _migrate, "bring the database to the newest schema")
-    migrate.add_argument("--citus", action="store_true", help="distribute the tables too, on a Citus cluster")
-    bring = command(commands, "import", _import, "take over the users, chats and time records of an old system")
-    bring.add_argument("--source", metavar="URL", type=_url, required=True, help="the old database; it is only read")
-    bring.add_argument("--dry-run", action="store_true", help="do and report all of it, and take it back at once")
-    bring.add_argument("--report", metavar="FILE", type=Path, help="write each user's totals before and after, as CSV")
-    export = command(commands, "export-legacy", _export, "materialize, and write an old system's tables: the way back")
-    export.add_argument("--target", metavar="URL", type=_url, required=True, help="the old database")
-    for moving in (bring, export):
-        moving.add_argument(
-            "--mapping", metavar="FILE", type=_mapping, help="TOML: the old tables' and columns' names, where unusual"
+        service.add_argument(
+            "--port", type=arguments.port, default=DEFAULT_PORT, help="0 chooses a free one (default: 8000)"
         )
+    migrate = _command(commands, "migrate", _migrate, "bring the database to the newest schema")
+    migrate.add_argument("--citus", action="store_true", help="distribute the tables too, on a Citus cluster")
     commands.add_parser("reconcile", help="the same program as `python -m reconciler`", add_help=False)
 
+
+def _add_keys(commands: Any) -> None:  # noqa: ANN401 - as above
     key = commands.add_parser("key", help="make, list and revoke service keys")
     keys = key.add_subparsers(dest="key_command", required=True, metavar="COMMAND")
-    new = command(keys, "new", _key_new, "make a service key and print it, this once")
-    revoke = command(keys, "revoke", _key_revoke, "take a service key out of force")
+    new = _command(keys, "new", _key_new, "make a service key and print it, this once")
+    revoke = _command(keys, "revoke", _key_revoke, "take a service key out of force")
     for named in (new, revoke):
         named.add_argument("name", metavar="NAME")
-    command(keys, "list", _key_list, "list the service keys of the database, the revoked ones too")
+    _command(keys, "list", _key_list, "list the service keys of the database, the revoked ones too")
 
-    token = command(commands, "token", _token, "print a token for a page, as the host product would sign it")
-    token.add_argument("subject", metavar="USER", type=_id, help="id of the user")
+
+def _add_people(commands: Any) -> None:  # noqa: ANN401 - as above
+    token = _command(commands, "token", _token, "print a token for a page, as the host product would sign it")
+    token.add_argument("subject", metavar="USER", type=arguments.product_id, help="id of the user")
     token.add_argument("--advisor", action="store_true", help="the id is an advisor's")
     token.add_argument(
-        "--seconds", type=_whole_seconds, default=TOKEN_SECONDS, help=f"how long it is good (default: {TOKEN_SECONDS})"
+        "--seconds",
+        type=arguments.whole_seconds,
+        default=TOKEN_SECONDS,
+        help=f"how long it is good (default: {TOKEN_SECONDS})",
     )
 
-    credit = command(commands, "credit", _credit, "add credits to a user's balance, or take some")
-    credit.add_argument("user_id", metavar="USER", type=_id)
-    credit.add_argument("amount", metavar="AMOUNT", type=_amount, help="credits, such as 25 or 0.5")
+    credit = _command(commands, "credit", _credit, "add credits to a user's balance, or take some")
+    credit.add_argument("user_id", metavar="USER", type=arguments.product_id)
+    credit.add_argument("amount", metavar="AMOUNT", type=arguments.amount, help="credits, such as 25 or 0.5")
     credit.add_argument(
         "--kind", choices=[str(kind) for kind in CreditKind], default=str(CreditKind.GRANT), help="(default: grant)"
     )
-    credit.add_argument("--reason", metavar="TEXT", type=_memo, default="", help="kept in the ledger")
+    credit.add_argument("--reason", metavar="TEXT", type=arguments.memo, default="", help="kept in the ledger")
     credit.add_argument(
-        "--key", type=_idempotency_key, help="a command repeated with the same key changes nothing (default: a new one)"
+        "--key",
+        type=arguments.idempotency_key,
+        help="a command repeated with the same key changes nothing (default: a new one)",
     )
 
-    advisor = command(commands, "advisor", _advisor, "show an advisor's rate card, or change some of it")
-    advisor.add_argument("advisor_id", metavar="ID", type=_id)
-    advisor.add_argument("--credits-per-minute", dest="rate", metavar="CREDITS", type=_rate)
-    advisor.add_argument("--free-seconds", dest="free_us", metavar="SECONDS", type=_time_up_to(MAX_FREE_US))
-    advisor.add_argument("--first-seconds", dest="first_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
-    advisor.add_argument("--increment-seconds", dest="increment_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
+    advisor = _command(commands, "advisor", _advisor, "show an advisor's rate card, or change some of it")
+    advisor.add_argument("advisor_id", metavar="ID", type=arguments.product_id)
+    advisor.add_argument("--credits-per-minute", dest="rate", metavar="CREDITS", type=arguments.rate)
+    advisor.add_argument("--free-seconds", dest="free_us", metavar="SECONDS", type=arguments.time_up_to(MAX_FREE_US))
+    advisor.add_argument("--first-seconds", dest="first_us", metavar="SECONDS", type=arguments.time_up_to(MAX_BLOCK_US))
+    advisor.add_argument(
+        "--increment-seconds", dest="increment_us", metavar="SECONDS", type=arguments.time_up_to(MAX_BLOCK_US)
+    )
 
-    watch = command(commands, "watch", _watch, "show a chat's clock as it runs")
-    watch.add_argument("user_id", metavar="USER", type=_id)
-    watch.add_argument("chat_id", metavar="CHAT", type=_id)
+    watch = _command(commands, "watch", _watch, "show a chat's clock as it runs")
+    watch.add_argument("user_id", metavar="USER", type=arguments.product_id)
+    watch.add_argument("chat_id", metavar="CHAT", type=arguments.product_id)
     watch.add_argument("--once", action="store_true", help="print one reading and end")
     watch.add_argument(
         "--every",
         dest="every_us",
         metavar="SECONDS",
-        type=_time_up_to(MAX_BLOCK_US, least=MICRO // 10),
+        type=arguments.time_up_to(MAX_BLOCK_US, least=MICRO // 10),
         default=POLL_SECONDS * MICRO,
         help=f"how often to ask the database (default: {POLL_SECONDS})",
     )
 
-    ops = commands.add_parser("ops", help="print files for those who run it: alert rules")
+
+def _add_moving(commands: Any) -> None:  # noqa: ANN401 - as above
+    bring = _command(commands, "import", _import, "take over the users, chats and time records of an old system")
+    bring.add_argument(
+        "--source", metavar="URL", type=arguments.database_url, required=True, help="the old database; it is only read"
+    )
+    bring.add_argument("--dry-run", action="store_true", help="do and report all of it, and take it back at once")
+    bring.add_argument("--report", metavar="FILE", type=Path, help="write each user's totals before and after, as CSV")
+    export = _command(commands, "export-legacy", _export, "materialize, and write an old system's tables: the way back")
+    export.add_argument("--target", metavar="URL", type=arguments.database_url, required=True, help="the old database")
+    for moving in (bring, export):
+        moving.add_argument(
+            "--mapping",
+            metavar="FILE",
+            type=arguments.mapping,
+            help="TOML: the old tables' and columns' names, where unusual",
+        )
+
+
+def _add_files(commands: Any) -> None:  # noqa: ANN401 - as above
+    ops = commands.add_parser("ops", help="print files for those who run it: crontab, units, manifest, alert rules")
     kinds = ops.add_subparsers(dest="kind", required=True, metavar="KIND")
     for kind, text in ABOUT.items():
         made = kinds.add_parser(kind, help=text, description=f"Print {text}.")
+        made.add_argument("--to", type=Path, metavar="FOLDER", help="write each into a file of its own there instead")
         made.set_defaults(run=_ops, until_stopped=False, home=None)
-    return parser
-
-
-def _parsed(parse: Callable[[str], T], text: str) -> T:
-    """Return a value, or say what is wrong with its text as argparse wants it said."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        message = f"{error}, not {text!r}"
-        raise argparse.ArgumentTypeError(message) from None
-
-
-def _require(rule: str, text: str, *, holds: bool) -> None:
-    if not holds:
-        message = f"{rule}, not {text!r}"
-        raise argparse.ArgumentTypeError(message)
-
-
-def _port(text: str) -> int:
-    holds = text.isascii() and text.isdigit() and int(text) < 1 << 16
-    _require("must be a number from 0 to 65535", text, holds=holds)
-    return int(text)
-
-
-def _whole_seconds(text: str) -> int:
-    seconds_max = MAX_FREE_US // MICRO
-    holds = re.fullmatch(r"[0-9]{1,9}", text) is not None and 0 < int(text) <= seconds_max
-    _require(f"must be a whole number of seconds from 1 to {seconds_max}", text, holds=holds)
-    return int(text)
-
-
-def _time_up_to(us_max: int, *, least: int = 0) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        us = _parsed(parse_seconds, text)
-        _require(f"must be from {least / MICRO:g} to {us_max // MICRO} seconds", text, holds=least <= us <= us_max)
-        return us
-
-    return parse
-
-
-def _url(text: str) -> URL:
-    try:
-        return parse_database_url("this", text)
-    except SettingError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("this: ")) from None
-
-
-def _mapping(text: str) -> Mapped:
-    from talktime.legacy.tables import load_mapping  # noqa: PLC0415 - see below
-
-    try:
-        return load_mapping(Path(text))
-    except OldTablesError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-# The API's rules. Its room is slow to import, so that waits until there is something to parse.
-
-
-def _id(text: str) -> str:
-    from talktime.api.params import ID_RULE, is_id  # noqa: PLC0415 - see above
-
-    _require(ID_RULE, text, holds=is_id(text))
-    return text
-
-
-def _idempotency_key(text: str) -> str:
-    from talktime.api.params import KEY_SCHEMA  # noqa: PLC0415 - see above
-
-    holds = re.fullmatch(KEY_SCHEMA["pattern"], text) is not None
-    _require("must be 1 to 255 printable ASCII characters", text, holds=holds)
-    return text
-
-
-def _amount(text: str) -> int:
-    from talktime.api.bodies import Amount  # noqa: PLC0415 - see above
-
-    return _parsed(Amount.parse, text)
-
-
-def _rate(text: str) -> int:
-    from talktime.api.bodies import Rate  # noqa: PLC0415 - see above
-
-    return _parsed(Rate.parse, text)
-
-
-def _memo(text: str) -> str:
-    from talktime.api.bodies import Memo  # noqa: PLC0415 - see above
-
-    return _parsed(Memo.parse, text)
 
 
 # --- dispatch: each imports what it needs, so that help and mistakes are answered at once -----------------------------
@@ -361,4 +291,7 @@ def _watch(settings: Settings, options: argparse.Namespace) -> None:
 
 
 def _ops(_: Settings, options: argparse.Namespace) -> None:
-    show(options.kind)
+    if options.to is None:
+        show(options.kind)
+    else:
+        write(options.kind, options.to)

@@ -108,6 +108,7 @@ def test_the_scan_sees_a_broken_rule(broken: str, rule: str) -> None:
         "SELECT * FROM unnest($1, $2) AS new(bucket, user_id) JOIN chat ON chat.bucket = new.bucket FOR UPDATE OF chat",
         "UPDATE chat SET last_heartbeat_at = $2 FROM unnest($1) AS new(bucket) WHERE chat.bucket = new.bucket",
         "SELECT pg_advisory_xact_lock(8317214)",
+        "SELECT pg_try_advisory_lock(8317214)",
         "DELETE FROM console_session WHERE expires_at < $1",
     ],
 )

