@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from reconciler.differences import Findings
+    from talktime.webhooks import WebhookSettings
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     """Run the reconciler; returns the exit code."""
     try:
         settings = load_settings()
-        parser = _parser(prog, settings.reconcile_us / 1_000_000)
+        parser = _parser(prog, settings.reconcile_us / 1_000_000, settings.webhook)
         options = parser.parse_args(argv)
         if options.json and not options.audit:
             parser.error("--json goes with --audit only")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
         return NO_DATABASE
 
 
-def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
+def _parser(prog: str, default_every_s: float, webhook: WebhookSettings | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Materialize durations and credits of all chats that are due: one pass, unless told otherwise.",
@@ -96,7 +97,7 @@ def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
         help="print what the audit finds as JSON Lines: an object for each account that differs, and the totals last",
     )
     parser.add_argument("--home", type=home_folder, help="folder of the embedded PostgreSQL, if no URL is set")
-    parser.set_defaults(default_every=default_every_s)
+    parser.set_defaults(default_every=default_every_s, webhook=webhook)
     return parser
 
 
@@ -121,10 +122,11 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
                 return SOME_FAILED
         elif options.every is not None or options.duration is not None:
             every_s = options.every or options.default_every
-            made = await repeat(database, stop, every_s=every_s, for_s=options.duration)
+            made = await repeat(database, stop, every_s=every_s, for_s=options.duration, webhook=options.webhook)
         else:
             made = await _with_progress(
-                "materializing", lambda progress: sweep_and_record(database, stop, progress=progress)
+                "materializing",
+                lambda progress: sweep_and_record(database, stop, progress=progress, webhook=options.webhook),
             )
             log.info("%s", made)
         return SOME_FAILED if made.failed else DONE

@@ -126,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     advisor.add_argument("--first-seconds", dest="first_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
     advisor.add_argument("--increment-seconds", dest="increment_us", metavar="SECONDS", type=_time_up_to(MAX_BLOCK_US))
 
+    _add_events(commands, command)
+
     watch = command(commands, "watch", _watch, "show a chat's clock as it runs")
     watch.add_argument("user_id", metavar="USER", type=_id)
     watch.add_argument("chat_id", metavar="CHAT", type=_id)
@@ -139,6 +141,18 @@ def _parser() -> argparse.ArgumentParser:
         help=f"how often to ask the database (default: {POLL_SECONDS})",
     )
     return parser
+
+
+def _add_events(commands: Any, command: Callable[..., Any]) -> None:  # noqa: ANN401 - argparse does not name its types
+    events = commands.add_parser("events", help="list and retry events that were not delivered to the webhook")
+    event_commands = events.add_subparsers(dest="events_command", required=True, metavar="COMMAND")
+    listing = command(event_commands, "list", _events_list, "list the events that were sent and not delivered")
+    listing.add_argument("--dead", action="store_true", help="only those that are not sent any more")
+    retry = command(event_commands, "retry", _events_retry, "have dead events sent again, with the next pass")
+    whose = retry.add_mutually_exclusive_group(required=True)
+    whose.add_argument("user_id", metavar="USER", type=_id, nargs="?", help="those of a user")
+    whose.add_argument("--all", action="store_true", help="those of all users")
+    retry.add_argument("--number", type=_event_number, help="only this one of the user's")
 
 
 def _parsed(parse: Callable[[str], T], text: str) -> T:
@@ -166,6 +180,11 @@ def _whole_seconds(text: str) -> int:
     seconds_max = MAX_FREE_US // MICRO
     holds = re.fullmatch(r"[0-9]{1,9}", text) is not None and 0 < int(text) <= seconds_max
     _require(f"must be a whole number of seconds from 1 to {seconds_max}", text, holds=holds)
+    return int(text)
+
+
+def _event_number(text: str) -> int:
+    _require("must be the number of an event", text, holds=re.fullmatch(r"[1-9][0-9]{0,17}", text) is not None)
     return int(text)
 
 
@@ -299,6 +318,18 @@ def _advisor(settings: Settings, options: argparse.Namespace) -> None:
         first_us=options.first_us,
         increment_us=options.increment_us,
     )
+
+
+def _events_list(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.show_events(settings, dead=options.dead)
+
+
+def _events_retry(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.retry_events(settings, options.user_id, number=options.number)
 
 
 def _watch(settings: Settings, options: argparse.Namespace) -> None:

@@ -18,9 +18,9 @@ from talktime.meter.advance import advance
 from talktime.meter.reading import Reading, read_account
 from talktime.meter.state import Account, Segment, StopReason
 from talktime.meter.units import MINUTE_US
-from talktime.store import operators
+from talktime.store import operators, outbox
 from talktime.store.accounts import load_due
-from talktime.store.operators import RecordedPass
+from talktime.store.operators import LateEvent, RecordedPass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -230,3 +230,17 @@ async def record_pass(
         log.warning("the pass could not be recorded: %s", error)
     except Exception:
         log.exception("the pass could not be recorded")
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+async def late_events(database: Database, *, dead: bool, limit: int) -> tuple[list[LateEvent], bool]:
+    """Return events that were sent and not delivered, or the dead ones among them; and whether there are more."""
+    found = await database.read(partial(operators.load_late_events, dead=dead, limit=limit + 1))
+    return found[:limit], len(found) > limit
+
+
+async def retry_events(database: Database, user_id: str, number: int | None) -> int:
+    """Have a user's dead events sent again, or one of them; return how many there were."""
+    return await database.transaction(partial(outbox.revive_events, user_id=user_id, number=number))

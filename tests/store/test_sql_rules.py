@@ -216,6 +216,8 @@ async def _look_as_operators_do(service: operations.Service) -> None:
     await operating.last_hour(service.database, operating.KeptHour())
     await operating.find_users(service.database, "u", limit=1)
     await operating.lag(service.database)
+    for dead in (True, False):
+        await operating.late_events(service.database, dead=dead, limit=1)
     await operating.last_passes(service.database, limit=1)
 
 

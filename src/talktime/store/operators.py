@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Integer, Text, and_, bindparam, delete, func, insert, literal_column, select, tuple_
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _account, _allowance, _chat, _segment = tables.account, tables.allowance, tables.chat, tables.segment
-_pass = tables.reconciler_pass
+_event, _pass = tables.event, tables.reconciler_pass
 
 # A literal, not a parameter: only so does the planner see that the index of live chats has them all.
 _IS_RUNNING = _chat.c.state == literal_column(f"'{ChatState.RUNNING}'")
@@ -95,7 +95,42 @@ USERS_FROM = (
 )
 """The first user ids of a range."""
 
-OVER_ALL_BUCKETS = (COUNT_RUNNING, NEWEST_RUNNING, ALL_RUNNING, THOSE_OF_NEWEST, SEGMENTS_ENDED, USERS_FROM)
+_EVENTS = (
+    select(
+        _event.c.user_id,
+        _event.c.number,
+        _event.c.type,
+        _event.c.occurred_at,
+        _event.c.attempts,
+        _event.c.next_try_at,
+        _event.c.last_error,
+    )
+    .order_by(_event.c.user_id, _event.c.number)
+    .limit(_LIMIT)
+)
+
+LATE_EVENTS = _EVENTS.where(_event.c.attempts > literal_column("0"))
+"""The events that were sent and not delivered, the dead ones too."""
+
+DEAD_EVENTS = _EVENTS.where(_event.c.state == literal_column("'dead'"))
+"""The events that are not sent any more."""
+
+OVER_ALL_BUCKETS = (
+    *(COUNT_RUNNING, NEWEST_RUNNING, ALL_RUNNING, THOSE_OF_NEWEST, SEGMENTS_ENDED, USERS_FROM),
+    *(LATE_EVENTS, DEAD_EVENTS),
+)
+
+
+class LateEvent(NamedTuple):
+    """An event that was sent `attempts` times and not delivered; dead, and not sent again, without a `next_try_at`."""
+
+    user_id: str
+    number: int
+    type: str
+    occurred_at: int
+    attempts: int
+    next_try_at: int | None
+    last_error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +213,9 @@ async def load_passes(connection: AsyncConnection, limit: int) -> tuple[list[Rec
     passes = [RecordedPass(**row) for row in rows.mappings()]
     now: int = (await connection.execute(CLOCK)).scalar_one()
     return passes, now
+
+
+async def load_late_events(connection: AsyncConnection, *, dead: bool, limit: int) -> list[LateEvent]:
+    """Return events that were sent and not delivered, of all users, or the dead ones among them."""
+    rows = await connection.execute(DEAD_EVENTS if dead else LATE_EVENTS, {"at_most": limit})
+    return [LateEvent(*row) for row in rows.all()]
