@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     """Run the reconciler; returns the exit code."""
     try:
         settings = load_settings()
-        parser = _parser(prog, settings.reconcile_us / 1_000_000, settings.webhook)
+        parser = _parser(prog, settings.reconcile_us / 1_000_000)
         options = parser.parse_args(argv)
         if options.json and not options.audit:
             parser.error("--json goes with --audit only")
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     try:
         with provide_database(settings.database_url, options.home or settings.home) as url:
             settle()
-            return run_until_signalled(lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop))
+            return run_until_signalled(
+                lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop, settings.webhook)
+            )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except DatabaseUnavailable as error:
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
         return NO_DATABASE
 
 
-def _parser(prog: str, default_every_s: float, webhook: WebhookSettings | None) -> argparse.ArgumentParser:
+def _parser(prog: str, default_every_s: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Materialize durations and credits of all chats that are due: one pass, unless told otherwise.",
@@ -97,7 +99,7 @@ def _parser(prog: str, default_every_s: float, webhook: WebhookSettings | None) 
         help="print what the audit finds as JSON Lines: an object for each account that differs, and the totals last",
     )
     parser.add_argument("--home", type=home_folder, help="folder of the embedded PostgreSQL, if no URL is set")
-    parser.set_defaults(default_every=default_every_s, webhook=webhook)
+    parser.set_defaults(default_every=default_every_s)
     return parser
 
 
@@ -112,7 +114,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Event) -> int:
+async def _run(
+    options: argparse.Namespace, database: Database, stop: asyncio.Event, webhook: WebhookSettings | None = None
+) -> int:
     try:
         made: Audit | Pass
         if options.audit:
@@ -122,11 +126,11 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
                 return SOME_FAILED
         elif options.every is not None or options.duration is not None:
             every_s = options.every or options.default_every
-            made = await repeat(database, stop, every_s=every_s, for_s=options.duration, webhook=options.webhook)
+            made = await repeat(database, stop, every_s=every_s, for_s=options.duration, webhook=webhook)
         else:
             made = await _with_progress(
                 "materializing",
-                lambda progress: sweep_and_record(database, stop, progress=progress, webhook=options.webhook),
+                lambda progress: sweep_and_record(database, stop, progress=progress, webhook=webhook),
             )
             log.info("%s", made)
         return SOME_FAILED if made.failed else DONE

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import pendulum
 
-from reconciler.delivery import deliver_or_log
 from talktime import operating, passes
 from talktime.errors import DatabaseUnavailable
 from talktime.passes import BatchFailed
@@ -135,6 +134,8 @@ async def sweep_and_record(
         failed=made.failed,
     )
     if webhook is not None:
+        from reconciler.delivery import deliver_or_log  # noqa: PLC0415 - what it needs is slow to import
+
         await deliver_or_log(database, webhook, stop)
     return made
 

@@ -24,7 +24,8 @@ ONE_A_SECOND = RateCard(Tariff(60 * CREDIT), 0)
 class Story:
     """An account that is saved after every change, and what was told of it."""
 
-    def __init__(self, settings: Settings, card: Card, low_us: int) -> None:
+    def __init__(self, settings: Settings, card: Card, low_us: int, *, knows: bool = False) -> None:
+        self.knows = knows
         self.now = 1_000
         self.policy = Policy(Scope(settings.scope), settings.lease_us, settings.abandon_after_us)
         self.cards = dict.fromkeys(CHATS.values(), card)
@@ -34,7 +35,9 @@ class Story:
         self.told: list[Notice] = []
 
     def save(self, after: Account) -> list[Notice]:
-        new, self.low_at = tell(self.account, after, low_at=self.low_at, low_us=self.low_us)
+        ends = [f.stops_at for f in foretell(self.account, beating=True).values() if f.stops_at is not None]
+        exhausts_at = min(ends, default=None) if self.knows else None
+        new, self.low_at = tell(self.account, after, low_at=self.low_at, low_us=self.low_us, exhausts_at=exhausts_at)
         self.told += new
         self.account = after._replace(journal=())
         return new
@@ -96,7 +99,7 @@ forwards = histories.map(lambda history: [replace(step, wait_us=abs(step.wait_us
 def test_what_is_told_does_not_depend_on_how_often_time_was_let_pass(
     settings: Settings, card: Card, history: list[Step], low_us: int, passes: list[int]
 ) -> None:
-    never, sometimes, always = (Story(settings, card, low_us) for _ in range(3))
+    never, sometimes, always = (Story(settings, card, low_us, knows=n > 0) for n in range(3))
     last = Step(500, "wait")
     for step in [*history, last]:
         for at in sorted(passes):

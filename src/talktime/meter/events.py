@@ -56,21 +56,25 @@ class Notice(NamedTuple):
     credit: Credit | None = None
 
 
-def tell(before: Account, after: Account, *, low_at: int | None, low_us: int) -> tuple[list[Notice], int | None]:
+def tell(
+    before: Account, after: Account, *, low_at: int | None, low_us: int, exhausts_at: int | None = None
+) -> tuple[list[Notice], int | None]:
     """Return what happened between two states of an account, in order, and since when its credits are known to be low.
 
     `after` is `before` advanced, or what at most one command made of it. `low_at` is what this returned before; credits
-    are low if they last for no longer than `low_us`.
+    are low if they last for no longer than `low_us`. Who knows when those of `before` run out, if all its running
+    clocks beat, may say so, to save finding it out.
     """
     passed = advance(before, after.at) if _was_commanded(before, after) else after
     stopped = [
         chat for chat in passed.chats.values() if _runs(before.chats.get(chat.chat_id)) and chat.opened_at is None
     ]
-    low, low_at = _low(before, {chat.stopped_at or 0 for chat in stopped}, after.at, low_at, low_us)
+    stops = {chat.stopped_at or 0 for chat in stopped}
+    low, low_at = _low(before, stops, after.at, low_at=low_at, low_us=low_us, exhausts_at=exhausts_at)
     notices = [*map(_of_stop, stopped), *_of_abandoned(before, passed), *_of_free_time(before, passed), *low]
     notices.sort(key=lambda notice: (notice.occurred_at, _RANK[notice.told], notice.chat_id or notice.advisor_id or ""))
     if passed is not after:
-        low, low_at = _low(after, (), after.at, low_at, low_us)
+        low, low_at = _low(after, (), after.at, low_at=low_at, low_us=low_us, exhausts_at=None)
         commanded = [*_of_credits(passed, after), *_of_command(passed, after)]
         commanded.sort(key=lambda notice: (_RANK[notice.told], notice.chat_id or ""))
         notices += commanded + low
@@ -132,7 +136,7 @@ def _of_free_time(before: Account, passed: Account) -> Iterator[Notice]:
 
 
 def _low(
-    account: Account, stops: Iterable[int], to: int, low_at: int | None, low_us: int
+    account: Account, stops: Iterable[int], to: int, *, low_at: int | None, low_us: int, exhausts_at: int | None
 ) -> tuple[list[Notice], int | None]:
     """Tell of credits that get low from the account's instant through `to`; clocks stop only at the instants `stops`.
 
@@ -142,10 +146,12 @@ def _low(
     if not any(map(_runs, account.chats.values())):
         return notices, low_at
     for at, until in pairwise([*sorted({account.at, *stops}), to + 1]):
-        forecasts = foretell(advance(account, at), beating=True).values()
-        if not forecasts:
-            continue
-        exhausts_at = min((forecast.stops_at for forecast in forecasts if forecast.stops_at is not None), default=None)
+        if at > account.at or exhausts_at is None:
+            forecasts = foretell(advance(account, at), beating=True).values()
+            if not forecasts:
+                continue
+            ends = (forecast.stops_at for forecast in forecasts if forecast.stops_at is not None)
+            exhausts_at = min(ends, default=None)
         low_from = None if exhausts_at is None else max(at, exhausts_at - low_us)
         if low_from != at:
             low_at = None

@@ -57,6 +57,8 @@ class _Stored(Protocol):
     def next_event(self) -> int | None: ...
     @property
     def low_at(self) -> int | None: ...
+    @property
+    def exhausts_at(self) -> Mapping[str, int | None]: ...
 
 
 def events_of(
@@ -68,7 +70,10 @@ def events_of(
     """
     if low_us is None:
         return (), stored.low_at
-    notices, low_at = tell(stored.account, after, low_at=stored.low_at, low_us=low_us)
+    # It is the same in all running chats, or not known.
+    known = {stored.exhausts_at[chat.chat_id] for chat in stored.account.chats.values() if chat.opened_at is not None}
+    exhausts_at = known.pop() if len(known) == 1 else None
+    notices, low_at = tell(stored.account, after, low_at=stored.low_at, low_us=low_us, exhausts_at=exhausts_at)
     rows = [_row(bucket, after, notice, number) for number, notice in enumerate(notices, start=stored.next_event or 1)]
     return rows, low_at
 
