@@ -38,7 +38,7 @@ def upgrade() -> None:
         sa.Column("used_us", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("bucket", "user_id", "advisor_id", name="pk_opening_allowance"),
         _key_to("opening_allowance", "allowance", "bucket", "user_id", "advisor_id"),
-        sa.CheckConstraint("used_us >= 0", name="ck_opening_allowance_used"),
+        sa.CheckConstraint("used_us >= 0", name=op.f("ck_opening_allowance_used")),
     )
     op.create_table(
         "opening_chat",
@@ -51,7 +51,7 @@ def upgrade() -> None:
         sa.Column("cost", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("bucket", "user_id", "chat_id", name="pk_opening_chat"),
         _key_to("opening_chat", "chat", "bucket", "user_id", "chat_id"),
-        sa.CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= free_us", name="ck_opening_chat_totals"),
+        sa.CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= 0", name=op.f("ck_opening_chat_totals")),
     )
     for table in TABLES:
         op.execute(f"GRANT SELECT, INSERT ON {table} TO talktime_app")

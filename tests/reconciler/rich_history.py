@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from reconciler.differences import Findings
     from talktime.operations import Service
 
-TABLES = ("account", "allowance", "chat", "segment", "ledger_entry")
+TABLES = (
+    *("account", "allowance", "chat", "segment", "ledger_entry"),
+    *("opening_account", "opening_allowance", "opening_chat"),
+    "event",
+)
 BLOCKS = RateCard(Tariff(60 * CREDIT, 5 * S, 5 * S), 10 * S)
 EXACT = RateCard(Tariff(60 * CREDIT), 0)
 FREE = RateCard(Tariff(60 * CREDIT), 100 * S)

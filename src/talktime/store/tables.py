@@ -278,7 +278,7 @@ opening_chat = Table(
     _number("cost"),
     PrimaryKeyConstraint("bucket", "user_id", "chat_id"),
     ForeignKeyConstraint(["bucket", "user_id", "chat_id"], ["chat.bucket", "chat.user_id", "chat.chat_id"]),
-    CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= free_us", name="totals"),
+    CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= 0", name="totals"),
 )
 
 # What is to be told to the host product, in the order of its numbers: written with what it tells, and deleted once it
