@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from reconciler.differences import Findings
+    from talktime.webhooks import WebhookSettings
 
 T = TypeVar("T")
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m reconciler") 
     try:
         with provide_database(settings.database_url, options.home or settings.home) as url:
             settle()
-            return run_until_signalled(lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop))
+            return run_until_signalled(
+                lambda stop: _run(options, Database(url, pool_size=BATCHES_AT_ONCE), stop, settings.webhook)
+            )
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except DatabaseUnavailable as error:
@@ -113,7 +116,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Event) -> int:
+async def _run(
+    options: argparse.Namespace, database: Database, stop: asyncio.Event, webhook: WebhookSettings | None = None
+) -> int:
     try:
         made: Audit | Pass
         if options.audit:
@@ -123,10 +128,11 @@ async def _run(options: argparse.Namespace, database: Database, stop: asyncio.Ev
                 return SOME_FAILED
         elif options.every is not None or options.duration is not None:
             every_s = options.every or options.default_every
-            made = await repeat(database, stop, every_s=every_s, for_s=options.duration)
+            made = await repeat(database, stop, every_s=every_s, for_s=options.duration, webhook=webhook)
         else:
             made = await _with_progress(
-                "materializing", lambda progress: sweep_and_record(database, stop, progress=progress)
+                "materializing",
+                lambda progress: sweep_and_record(database, stop, progress=progress, webhook=webhook),
             )
             log.info("%s", made, extra={"fields": asdict(made)})
         return SOME_FAILED if made.failed else DONE

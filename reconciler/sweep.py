@@ -22,6 +22,7 @@ from talktime.passes import BatchFailed
 
 if TYPE_CHECKING:
     from talktime.store.database import Database
+    from talktime.webhooks import WebhookSettings
 
 log = logging.getLogger("reconciler")
 
@@ -63,11 +64,13 @@ async def sweep(
     *,
     progress: Callable[[int, int], None] = _no_progress,
     batch_accounts: int = BATCH_ACCOUNTS,
+    low_us: int | None = None,
 ) -> Pass:
     """Make one pass, or, once `stop` is set, as much of it as the batch in hand.
 
     `progress` is called with the accounts done and the accounts due. An account that cannot be written is logged and
-    counted; its neighbours are not held up.
+    counted; its neighbours are not held up. What happened is to be told unless `low_us`, how long low credits last, is
+    None.
 
     Raises:
         DatabaseUnavailable: no answer from the database.
@@ -86,7 +89,14 @@ async def sweep(
     async def work() -> None:
         for bucket in waiting:
             await _sweep_bucket(
-                database, bucket, now, made, stop, progress=lambda done: progress(done, total), limit=batch_accounts
+                database,
+                bucket,
+                now,
+                made,
+                stop,
+                progress=lambda done: progress(done, total),
+                limit=batch_accounts,
+                low_us=low_us,
             )
             if stop.is_set():
                 break
@@ -102,14 +112,18 @@ async def sweep(
 
 
 async def sweep_and_record(
-    database: Database, stop: asyncio.Event, *, progress: Callable[[int, int], None] = _no_progress
+    database: Database,
+    stop: asyncio.Event,
+    *,
+    progress: Callable[[int, int], None] = _no_progress,
+    webhook: WebhookSettings | None = None,
 ) -> Pass:
-    """Make one pass, as `sweep` does, and record it for operators to see.
+    """Make one pass, as `sweep` does, record it for operators to see, and send what is to be told to the `webhook`.
 
     Raises:
         DatabaseUnavailable: no answer from the database during the pass. The record may be lacking without a word here.
     """
-    made = await sweep(database, stop, progress=progress)
+    made = await sweep(database, stop, progress=progress, low_us=None if webhook is None else webhook.low_us)
     await operating.record_pass(
         database,
         began_at=made.began_at,
@@ -119,6 +133,10 @@ async def sweep_and_record(
         chats=made.chats,
         failed=made.failed,
     )
+    if webhook is not None:
+        from reconciler.delivery import deliver_or_log  # noqa: PLC0415 - what it needs is slow to import
+
+        await deliver_or_log(database, webhook, stop)
     return made
 
 
@@ -131,6 +149,7 @@ async def _sweep_bucket(
     *,
     progress: Callable[[int], None],
     limit: int,
+    low_us: int | None,
 ) -> None:
     after: str | None = ""
     singly_through = ""
@@ -138,7 +157,7 @@ async def _sweep_bucket(
         singly = after < singly_through
         try:
             accounts, chats, after = await passes.materialize(
-                database, bucket, after=after, before=before, limit=1 if singly else limit
+                database, bucket, after=after, before=before, limit=1 if singly else limit, low_us=low_us
             )
         except BatchFailed as failure:
             if len(failure.user_ids) > 1:
@@ -153,7 +172,14 @@ async def _sweep_bucket(
             progress(made.accounts)
 
 
-async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for_s: float | None = None) -> Pass:
+async def repeat(
+    database: Database,
+    stop: asyncio.Event,
+    *,
+    every_s: float,
+    for_s: float | None = None,
+    webhook: WebhookSettings | None = None,
+) -> Pass:
     """Make a pass every `every_s` seconds until `stop` is set, or until `for_s` seconds are over.
 
     A pass that takes longer than its period is followed by the next at once. While the database is away, passes fail
@@ -169,7 +195,7 @@ async def repeat(database: Database, stop: asyncio.Event, *, every_s: float, for
     unavailable: DatabaseUnavailable | None = None
     while not stop.is_set() and (for_s is None or due_s < for_s):
         try:
-            made = await sweep_and_record(database, stop)
+            made = await sweep_and_record(database, stop, webhook=webhook)
         except DatabaseUnavailable as error:
             unavailable = error
             log.error("pass failed: %s", error)  # noqa: TRY400 - the traceback says no more

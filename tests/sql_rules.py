@@ -35,7 +35,7 @@ WRITES = (ast.InsertStmt, ast.UpdateStmt, ast.DeleteStmt, ast.MergeStmt)
 
 # Read-only look-ups that may go over all buckets: they group by the bucket and nothing else of a user.
 _OVER_ALL_BUCKETS = re.compile(
-    r"SELECT account\.bucket, count\(.*GROUP BY account\.bucket( ORDER BY account\.bucket)?", re.DOTALL
+    r"SELECT (account|event)\.bucket, count\(.*GROUP BY \1\.bucket( ORDER BY \1\.bucket)?", re.DOTALL
 )
 
 # What operators look at, over all buckets as well: these statements to the letter, and no others like them.

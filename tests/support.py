@@ -27,11 +27,13 @@ ONE_A_SECOND = RateCard(Tariff(60 * CREDIT), 0)
 
 
 @asynccontextmanager
-async def open_service(url: URL, *, policy: Policy = POLICY, card: RateCard = ONE_A_SECOND) -> AsyncIterator[Service]:
+async def open_service(
+    url: URL, *, policy: Policy = POLICY, card: RateCard = ONE_A_SECOND, low_us: int | None = None
+) -> AsyncIterator[Service]:
     """Open a service on a database; its connections are closed at the end."""
     database = Database(url)
     try:
-        yield Service(database, policy, card)
+        yield Service(database, policy, card, low_us)
     finally:
         await database.close()
 

@@ -41,6 +41,7 @@ WRONG_SETTINGS = [
     ("TALKTIME_CONNECTIONS_MAX", "0"),
     ("TALKTIME_LOG_FORMAT", "xml"),
     ("TALKTIME_LOG_REQUESTS", "true"),
+    ("TALKTIME_BALANCE_LOW_SECONDS", "-1"),
 ]
 
 
@@ -135,6 +136,11 @@ BAD_USES = [
     ["advisor", "a1", "--free-seconds", "-1"],
     ["advisor", "a1", "--first-seconds", "86401"],
     ["advisor", "a1", "--increment-seconds", "0.0000001"],
+    ["events"],
+    ["events", "list", "x"],
+    ["events", "retry"],
+    ["events", "retry", "u1", "--all"],
+    ["events", "retry", "u1", "--number", "0"],
     ["watch", "u1"],
     ["watch", "u1", "a/b"],
     ["watch", "u1", "c1", "--every", "0"],

@@ -11,6 +11,7 @@ import pytest
 from talktime.errors import SettingError
 from talktime.logs import LogFormat
 from talktime.settings import RequestLimits, TokenSettings, UserMay, kept_secret, load_settings
+from talktime.webhooks import WebhookSettings
 
 SECRET = "0123456789abcdef0123456789abcdef"
 HS256 = {"SECRET": SECRET, "ISSUER": "https://login.example"}
@@ -229,3 +230,54 @@ def test_a_limit_that_is_none_is_refused_by_its_name(name: str, text: str) -> No
 def test_connections_cannot_be_without_limit() -> None:
     with pytest.raises(SettingError, match=r"^TALKTIME_CONNECTIONS_MAX: "):
         load_settings({"TALKTIME_CONNECTIONS_MAX": "none"})
+
+
+# --- webhooks ---------------------------------------------------------------------------------------------------------
+
+WHSEC = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def test_without_a_webhook_nobody_is_told() -> None:
+    settings = load_settings({"TALKTIME_WEBHOOK_URL": "", "TALKTIME_BALANCE_LOW_SECONDS": "5"})
+    assert (None, None) == (settings.webhook, settings.low_us)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://app.example/hooks?a=b", "http://localhost:9/", "http://127.0.0.1:8080/x", "http://[::1]/x"],
+)
+def test_a_webhook_goes_over_tls_or_stays_on_this_machine(url: str) -> None:
+    settings = load_settings({"TALKTIME_WEBHOOK_URL": url, "TALKTIME_WEBHOOK_SECRET": f"{WHSEC} {WHSEC}"})
+    assert WebhookSettings(url=url, secrets=(WHSEC, WHSEC), low_us=60_000_000) == settings.webhook
+    assert 60_000_000 == settings.low_us
+    assert WHSEC not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"URL": "http://app.example/", "SECRET": WHSEC}, "URL"),
+        ({"URL": "https://", "SECRET": WHSEC}, "URL"),
+        ({"URL": "https://a b/", "SECRET": WHSEC}, "URL"),
+        ({"URL": "https://a:0/", "SECRET": WHSEC}, "URL"),
+        ({"URL": "https://a:x/", "SECRET": WHSEC}, "URL"),
+        ({"URL": "app.example", "SECRET": WHSEC}, "URL"),
+        ({"URL": "https://app.example/"}, "SECRET"),
+        ({"URL": "https://app.example/", "SECRET": "  "}, "SECRET"),
+        ({"URL": "https://app.example/", "SECRET": WHSEC[6:]}, "SECRET"),
+        ({"URL": "https://app.example/", "SECRET": "whsec_MfKQ"}, "SECRET"),
+        ({"URL": "https://app.example/", "SECRET": WHSEC[:-1]}, "SECRET"),
+        ({"URL": "https://app.example/", "SECRET": f"{WHSEC},{WHSEC}"}, "SECRET"),
+        ({"SECRET": WHSEC}, "SECRET"),
+    ],
+)
+def test_a_webhook_that_cannot_be_is_refused_by_its_name(variables: dict[str, str], name: str) -> None:
+    with pytest.raises(SettingError) as refusal:
+        load_settings({f"TALKTIME_WEBHOOK_{key}": value for key, value in variables.items()})
+    assert f"TALKTIME_WEBHOOK_{name}" == refusal.value.name
+    assert WHSEC not in str(refusal.value)
+
+
+def test_a_time_that_is_none_is_refused() -> None:
+    with pytest.raises(SettingError, match="TALKTIME_BALANCE_LOW_SECONDS: must be 0 or more"):
+        load_settings({"TALKTIME_BALANCE_LOW_SECONDS": "-1"})

@@ -50,6 +50,12 @@ def whole_seconds(text: str) -> int:
     return int(text)
 
 
+def event_number(text: str) -> int:
+    """The number of an event."""
+    _require("must be the number of an event", text, holds=re.fullmatch(r"[1-9][0-9]{0,17}", text) is not None)
+    return int(text)
+
+
 def time_up_to(us_max: int, *, least: int = 0) -> Callable[[str], int]:
     """Return a reader of seconds, as microseconds, from the least to the most."""
 

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"talktime {version('talktime')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_services, _add_keys, _add_people, _add_moving, _add_files):
+    for add in (_add_services, _add_keys, _add_people, _add_events, _add_moving, _add_files):
         add(commands)
     return parser
 
@@ -155,6 +155,18 @@ def _add_people(commands: Any) -> None:  # noqa: ANN401 - as above
         default=POLL_SECONDS * MICRO,
         help=f"how often to ask the database (default: {POLL_SECONDS})",
     )
+
+
+def _add_events(commands: Any) -> None:  # noqa: ANN401 - as above
+    events = commands.add_parser("events", help="list and retry events that were not delivered to the webhook")
+    event_commands = events.add_subparsers(dest="events_command", required=True, metavar="COMMAND")
+    listing = _command(event_commands, "list", _events_list, "list the events that were sent and not delivered")
+    listing.add_argument("--dead", action="store_true", help="only those that are not sent any more")
+    retry = _command(event_commands, "retry", _events_retry, "have dead events sent again, with the next pass")
+    whose = retry.add_mutually_exclusive_group(required=True)
+    whose.add_argument("user_id", metavar="USER", type=arguments.product_id, nargs="?", help="those of a user")
+    whose.add_argument("--all", action="store_true", help="those of all users")
+    retry.add_argument("--number", type=arguments.event_number, help="only this one of the user's")
 
 
 def _add_moving(commands: Any) -> None:  # noqa: ANN401 - as above
@@ -282,6 +294,18 @@ def _advisor(settings: Settings, options: argparse.Namespace) -> None:
         first_us=options.first_us,
         increment_us=options.increment_us,
     )
+
+
+def _events_list(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.show_events(settings, dead=options.dead)
+
+
+def _events_retry(settings: Settings, options: argparse.Namespace) -> None:
+    from talktime import terminal  # noqa: PLC0415 - see above
+
+    terminal.retry_events(settings, options.user_id, number=options.number)
 
 
 def _watch(settings: Settings, options: argparse.Namespace) -> None:

@@ -19,10 +19,10 @@ from talktime.meter.advance import advance
 from talktime.meter.reading import Reading, read_account
 from talktime.meter.state import Account, Segment, StopReason
 from talktime.meter.units import MINUTE_US
-from talktime.store import operators
+from talktime.store import operators, outbox
 from talktime.store.accounts import load_due
 from talktime.store.keys import read_clock
-from talktime.store.operators import RecordedAudit, RecordedPass, Waiting
+from talktime.store.operators import LateEvent, RecordedAudit, RecordedPass, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -291,3 +291,17 @@ async def from_outside(database: Database) -> Outside:
         )
 
     return await database.aside(work)
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+async def late_events(database: Database, *, dead: bool, limit: int) -> tuple[list[LateEvent], bool]:
+    """Return events that were sent and not delivered, or the dead ones among them; and whether there are more."""
+    found = await database.read(partial(operators.load_late_events, dead=dead, limit=limit + 1))
+    return found[:limit], len(found) > limit
+
+
+async def retry_events(database: Database, user_id: str, number: int | None) -> int:
+    """Have a user's dead events sent again, or one of them; return how many there were."""
+    return await database.transaction(partial(outbox.revive_events, user_id=user_id, number=number))

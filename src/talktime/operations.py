@@ -53,12 +53,15 @@ LINES = 2
 class Service:
     """What the use cases need: a database, and the settings that commands take with them.
 
+    How long low credits last, `low_us`, is None where nobody is to be told what happens.
+
     Readings and heartbeats are most of what is asked for: those that come at the same time share their statements.
     """
 
     database: Database
     policy: Policy
     default_card: RateCard
+    low_us: int | None = None
 
     @cached_property
     def readings(self) -> Batcher[ChatKey, Loaded]:
@@ -166,7 +169,7 @@ async def start(
             policy=service.policy,
             key=key,
         )
-        await accounts.save(connection, [(stored, after)])
+        await accounts.save(connection, [(stored, after)], service.low_us)
         return read(after, chat_id, now), after.chats[chat_id].opened_at
 
     reading, running_since = await service.database.transaction(work)
@@ -222,7 +225,7 @@ async def credit(service: Service, user_id: str, *, kind: CreditKind, amount: in
                 raise IdempotencyKeyReused
             return earlier
         after = commands.credit(stored.account, now, kind=kind, amount=amount, memo=memo, key=key)
-        entries = await accounts.save(connection, [(stored, after)])
+        entries = await accounts.save(connection, [(stored, after)], service.low_us)
         return next(entry for entry in entries if entry.idempotency_key == key)
 
     return await service.database.transaction(work)
@@ -239,7 +242,7 @@ async def _command(service: Service, user_id: str, chat_id: str, command: Callab
         except ChatNotActive as refusal:
             refusal.reading = read(stored.account, chat_id, now)
             raise
-        await accounts.save(connection, [(stored, after)])
+        await accounts.save(connection, [(stored, after)], service.low_us)
         return read(after, chat_id, now)
 
     return await service.database.transaction(work)

@@ -28,12 +28,13 @@ async def due(database: Database) -> tuple[dict[int, int], int, int]:
 
 
 async def materialize(
-    database: Database, bucket: int, *, after: str, before: int, limit: int
+    database: Database, bucket: int, *, after: str, before: int, limit: int, low_us: int | None = None
 ) -> tuple[int, int, str | None]:
     """Write one batch of due accounts of a bucket as they stand now.
 
     Takes accounts beyond the user id `after` that were not materialized since the instant `before`. Returns how many
-    accounts and chats were written, and the last user id, or None if the bucket has nothing more.
+    accounts and chats were written, and the last user id, or None if the bucket has nothing more. What happened to them
+    is to be told, unless `low_us`, how long low credits last, is None.
 
     Raises:
         BatchFailed: an account of the batch cannot be written.
@@ -48,7 +49,7 @@ async def materialize(
             return 0, 0, None
         batch, now = await accounts.lock_chats(connection, bucket, rows)
         changes = [(stored, advance(stored.account, max(now, stored.account.at))) for stored in batch]
-        await accounts.save(connection, changes)
+        await accounts.save(connection, changes, low_us)
         return len(batch), sum(len(a.chats) for _, a in changes), held[-1] if len(batch) == limit else None
 
     try:

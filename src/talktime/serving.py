@@ -125,7 +125,7 @@ async def _run(plan: _Plan, stop: asyncio.Event) -> None:
     database = Database(plan.url)
     if plan.demo is not None:
         try:
-            await seed(Service(database, settings.policy, settings.default_card))
+            await seed(Service(database, settings.policy, settings.default_card, settings.low_us))
         except BaseException:
             await database.close()  # else the application does
             raise
@@ -198,7 +198,7 @@ async def _reconcile(settings: Settings, url: URL, stop: asyncio.Event) -> None:
 
     database = Database(url, pool_size=BATCHES_AT_ONCE)
     try:
-        await repeat(database, stop, every_s=settings.reconcile_us / 1_000_000)
+        await repeat(database, stop, every_s=settings.reconcile_us / 1_000_000, webhook=settings.webhook)
     except DatabaseUnavailable:
         log.warning("stopping while the database is away")
     finally:

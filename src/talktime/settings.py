@@ -22,6 +22,7 @@ from talktime.errors import SettingError
 from talktime.logs import LogFormat
 from talktime.meter.state import Policy, RateCard, Scope, Tariff
 from talktime.meter.units import MAX_RATE, format_credits, parse_credits, parse_seconds
+from talktime.webhooks import WebhookSettings, webhook_of
 
 SECRET_BYTES_MIN = 32
 LEEWAY_SECONDS_MAX = 30
@@ -74,8 +75,9 @@ class Settings:
     """All that can be set. Durations are in microseconds.
 
     `database_url` is None where the embedded PostgreSQL of `home` is to be used; `service_key` where the environment
-    has none; `tokens` where none are to be taken. Pages of `cors_origins` may read answers. `connections_max` is how
-    many connections of clients one process serves at once. `log_requests` is whether each request is logged.
+    has none; `tokens` where none are to be taken; `webhook` where nothing is to be told. Pages of `cors_origins` may
+    read answers. `connections_max` is how many connections of clients one process serves at once. `log_requests` is
+    whether each request is logged.
     """
 
     database_url: URL | None
@@ -92,6 +94,12 @@ class Settings:
     connections_max: int
     log_format: LogFormat
     log_requests: bool
+    webhook: WebhookSettings | None
+
+    @property
+    def low_us(self) -> int | None:
+        """How long low credits last; None where nobody is to be told."""
+        return None if self.webhook is None else self.webhook.low_us
 
 
 def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
@@ -128,6 +136,7 @@ def load_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         connections_max=_whole(environment, "TALKTIME_CONNECTIONS_MAX", "10000", CONNECTIONS_MAX),
         log_format=_log_format(environment),
         log_requests=_is_on(environment, "TALKTIME_LOG_REQUESTS"),
+        webhook=webhook_of(environment, _seconds(environment, "TALKTIME_BALANCE_LOW_SECONDS", "60", zero=True)),
     )
 
 

@@ -16,7 +16,7 @@ import pendulum
 from rich.console import Console
 from rich.table import Table
 
-from talktime import keys, operations
+from talktime import keys, operating, operations
 from talktime.errors import DatabaseUnavailable, UserNotFound
 from talktime.meter.state import CreditKind, RateCard, Tariff
 from talktime.meter.units import MICRO, ceil_div, format_credits, format_seconds
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from talktime.keys import ServiceKey
     from talktime.settings import Settings
     from talktime.store.ledger import LedgerEntry
+    from talktime.store.operators import LateEvent
 
 T = TypeVar("T")
 
@@ -149,6 +150,46 @@ def advise(
     print(_on_database(settings, work))
 
 
+# --- events -----------------------------------------------------------------------------------------------------------
+
+EVENTS_SHOWN_MAX = 1_000
+
+
+def show_events(settings: Settings, *, dead: bool) -> None:
+    """List the events that were sent and not delivered, or the dead ones: tab-separated lines."""
+    found, more = _on_database(
+        settings, lambda service: operating.late_events(service.database, dead=dead, limit=EVENTS_SHOWN_MAX)
+    )
+    for event in found:
+        print(event_line(event))
+    if more:
+        print(f"There are more than these {EVENTS_SHOWN_MAX}.", file=sys.stderr)
+
+
+def event_line(event: LateEvent) -> str:
+    """Write an event as a line: user, number, type, when it happened, attempts, next attempt or dead, last problem."""
+    again = "dead" if event.next_try_at is None else utc_text(event.next_try_at)
+    place = f"{event.user_id}\t{event.number}\t{event.type}\t{utc_text(event.occurred_at)}"
+    return f"{place}\t{event.attempts}\t{again}\t{event.last_error or '-'}"
+
+
+def retry_events(settings: Settings, user_id: str | None, *, number: int | None) -> None:
+    """Have the dead events of a user, or of all users, sent again."""
+
+    async def work(service: Service) -> int:
+        if user_id is not None:
+            return await operating.retry_events(service.database, user_id, number)
+        count, more = 0, True
+        while more:
+            found, more = await operating.late_events(service.database, dead=True, limit=EVENTS_SHOWN_MAX)
+            for of_user in sorted({event.user_id for event in found}):
+                count += await operating.retry_events(service.database, of_user, None)
+        return count
+
+    count = _on_database(settings, work)
+    print(f"{count} dead event{'' if count == 1 else 's'} will be sent again with the next pass.")
+
+
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +271,7 @@ def _on_database(settings: Settings, work: Callable[[Service], Awaitable[T]]) ->
     async def run() -> T:
         database = Database(url, pool_size=1)
         try:
-            return await work(Service(database, settings.policy, settings.default_card))
+            return await work(Service(database, settings.policy, settings.default_card, settings.low_us))
         finally:
             await database.close()
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TABLES = (
     *("account", "allowance", "chat", "segment", "ledger_entry"),
     *("opening_account", "opening_allowance", "opening_chat"),
+    "event",
 )
 BLOCKS = RateCard(Tariff(60 * CREDIT, 5 * S, 5 * S), 10 * S)
 EXACT = RateCard(Tariff(60 * CREDIT), 0)

@@ -187,6 +187,7 @@ def test_statements_are_sent_in_the_order_of_the_list_and_not_twice(noting: Conn
         "distributed opening_account by bucket with account sequential off",
         "distributed opening_allowance by bucket with account sequential off",
         "distributed opening_chat by bucket with account sequential off",
+        "distributed event by bucket with account sequential off",
     ]
     assert sent == calls(noting)
     assert [] == distribute_missing(noting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -11,6 +12,7 @@ import pytest
 from reconciler.sweep import sweep
 from talktime import operations
 from talktime.meter.state import CreditKind
+from talktime.store import outbox
 from talktime.store.tables import bucket_of
 from tests.database import connect
 from tests.driver import Parameters, watched
@@ -131,6 +133,49 @@ async def test_a_pass_costs_blocks_for_what_is_due_and_none_for_the_past(history
                 plan = _explained(connection, statement, parameters)
                 assert _blocks(plan) <= BLOCKS_MAX * due, f"{mode}: {statement}\n{plan}"
                 assert not _seq_scans(plan), f"{mode}: {statement}\n{plan}"
+
+
+async def test_to_claim_events_costs_blocks_for_those_of_the_bucket_that_wait(history_url: URL) -> None:
+    with connect(history_url) as connection:
+        connection.execute(
+            "INSERT INTO event SELECT bucket, user_id, n, n::text, 'chat.started', t, t, '{}', 'dead', 20, NULL, 'x'"
+            " FROM account, generate_series(1, 50000) n, now() AS at(t) WHERE user_id = %s",
+            [OLD],
+        )
+        connection.execute(
+            "INSERT INTO event SELECT bucket, user_id, n, n::text, 'chat.started', t, t, '{}', 'pending', 0, t, NULL"
+            " FROM account, generate_series(50001, 50003) n, now() AS at(t)"
+        )
+        connection.execute("VACUUM ANALYZE")
+    bucket = bucket_of(OLD)
+    sent: list[tuple[str, Parameters]] = []
+    async with open_service(history_url) as service:
+        with watched(lambda _, statement, parameters: sent.append((statement, parameters))):
+            buckets, now = await service.database.transaction(outbox.load_due_events)
+            claim = partial(outbox.claim_events, bucket=bucket, before=now, limit=10, lease_us=0)
+            claimed = await service.database.transaction(claim)
+            settle = partial(
+                outbox.settle_events,
+                bucket=bucket,
+                delivered=claimed[:1],
+                undelivered=[outbox.Undelivered(event, now, "x") for event in claimed[1:]],
+            )
+            await service.database.transaction(settle)
+    assert bucket in buckets
+    users = 1 + sum(bucket_of(f"u{n}") == bucket for n in range(OTHERS))
+    assert sorted({(event.user_id, 50001) for event in claimed}) == sorted((e.user_id, e.number) for e in claimed)
+    assert users == len(claimed)
+    of_events = [(statement, parameters) for statement, parameters in sent if " event" in statement]
+    assert 6 == len(of_events)
+    with connect(history_url) as connection:
+        for mode in ("force_custom_plan", "force_generic_plan"):
+            connection.execute(f"SET plan_cache_mode = {mode}")
+            for statement, parameters in of_events:
+                plan = _explained(connection, statement, parameters)
+                told = f"{mode}: {statement}\n{plan}"
+                if "count(" not in statement:  # which is over all buckets
+                    assert _blocks(plan) <= BLOCKS_MAX * users, told
+                assert not _seq_scans(plan), told
 
 
 async def test_beats_and_passes_over_running_chats_are_hot_updates(history_url: URL) -> None:

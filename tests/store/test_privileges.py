@@ -34,9 +34,10 @@ FIXED = {
     "advisor": {"advisor_id"},
     "allowance": {"bucket", "user_id", "advisor_id", "granted_us"},
     "chat": {"bucket", "user_id", "chat_id", "advisor_id", "started_at"},
+    "event": {"bucket", "user_id", "number", "event_id", "type", "occurred_at", "recorded_at", "payload"},
     "service_key": {"name", "digest", "created_at"},
 }
-DELETED_FROM = {"console_session", "reconciler_audit", "reconciler_pass"}
+DELETED_FROM = {"console_session", "event", "reconciler_audit", "reconciler_pass"}
 
 
 @pytest.fixture

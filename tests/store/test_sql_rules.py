@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from sqlalchemy import CompoundSelect, Select, Update
@@ -17,7 +18,7 @@ from reconciler.sweep import sweep_and_record
 from talktime import keys, operating, operations
 from talktime.errors import ChatNotActive
 from talktime.meter.state import ChatState, CreditKind
-from talktime.store import statements
+from talktime.store import outbox, statements
 from talktime.store.tables import bucket_of, metadata
 from tests.database import Clock, connect
 from tests.driver import Parameters, watched
@@ -210,6 +211,7 @@ async def _use_everything(service: operations.Service) -> None:
     assert not await audit_lines(service.database)
     await operating.record_audit(service.database, took_us=1, accounts=3, differing=0, differences=0)
     await _look_as_operators_do(service)
+    await _tell(service)
     await _use_keys(service)
 
 
@@ -218,8 +220,26 @@ async def _look_as_operators_do(service: operations.Service) -> None:
     await operating.last_hour(service.database, operating.KeptHour())
     await operating.find_users(service.database, "u", limit=1)
     await operating.lag(service.database)
+    for dead in (True, False):
+        await operating.late_events(service.database, dead=dead, limit=1)
     await operating.last_passes(service.database, limit=1)
     await operating.from_outside(service.database)
+
+
+async def _tell(service: operations.Service) -> None:
+    """Have events delivered and not delivered, and retried."""
+    _, now = await service.database.transaction(outbox.load_due_events)
+    for user_id in ("u", "v"):
+        bucket = bucket_of(user_id)
+        claim = partial(outbox.claim_events, bucket=bucket, before=now, limit=1, lease_us=0)
+        [event] = await service.database.transaction(claim)
+        undelivered = [outbox.Undelivered(event, None, "x")]
+        settle = partial(outbox.settle_events, bucket=bucket, delivered=(), undelivered=undelivered)
+        await service.database.transaction(settle)
+        assert 1 == await operating.retry_events(service.database, user_id, None)
+        settle = partial(outbox.settle_events, bucket=bucket, delivered=[event], undelivered=())
+        await service.database.transaction(settle)
+    assert 0 == await operating.retry_events(service.database, "nobody", 1)
 
 
 async def _use_keys(service: operations.Service) -> None:
@@ -234,7 +254,7 @@ async def _use_keys(service: operations.Service) -> None:
 
 async def test_all_use_cases_keep_the_rules(database_url: URL) -> None:
     with recorded() as sent:
-        async with open_service(database_url) as service:
+        async with open_service(database_url, low_us=1) as service:
             await _use_everything(service)
     for statement in sent.statements:
         check(statement)
@@ -244,7 +264,7 @@ async def test_all_use_cases_keep_the_rules(database_url: URL) -> None:
 
 async def test_one_transaction_writes_one_bucket_and_global_tables_are_written_alone(database_url: URL) -> None:
     with recorded() as sent:
-        async with open_service(database_url) as service:
+        async with open_service(database_url, low_us=1) as service:
             await _use_everything(service)
     written = [(buckets, tables) for buckets, tables in sent.transactions if tables]
     assert {bucket_of(user_id) for user_id in "uvw"} == set().union(*(buckets for buckets, _ in written))
@@ -258,7 +278,7 @@ async def test_one_transaction_writes_one_bucket_and_global_tables_are_written_a
 async def test_the_instant_that_is_written_with_a_users_rows_was_read_with_a_users_row(database_url: URL) -> None:
     # So it is the clock of the machine that has the rows, and the same for all who write there.
     with recorded() as sent:
-        async with open_service(database_url) as service:
+        async with open_service(database_url, low_us=1) as service:
             await _use_everything(service)
     assert CLOCK in sent.statements
     assert {"service_key"} <= sent.by_the_clock_alone

@@ -55,7 +55,9 @@ def create_app(settings: Settings, open_database: Callable[[], Database], *, pag
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
-        service = Service(database=open_database(), policy=settings.policy, default_card=settings.default_card)
+        service = Service(
+            database=open_database(), policy=settings.policy, default_card=settings.default_card, low_us=settings.low_us
+        )
         app.state["service"] = service
         metrics.meters.watch(service)
         try:

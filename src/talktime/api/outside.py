@@ -79,6 +79,9 @@ def _waiting(seen: Outside) -> Iterator[GaugeMetricFamily]:
     yield _gauge("unmaterialized_seconds", "Time that no pass has written yet, over all accounts", unmaterialized_s)
     behind_s = waiting.ahead_us / MICRO
     yield _gauge("clock_behind_seconds", "How far the database's clock is behind what was written", behind_s)
+    yield _gauge("events_waiting", "Events that are to be sent to the webhook", waiting.events)
+    yield _gauge("events_lag_seconds", "For how long the oldest of them waits", waiting.events_us / MICRO)
+    yield _gauge("events_dead", "Events that are not sent any more until an operator says so", waiting.dead_events)
 
 
 def _passes(last: RecordedPass | None, success: RecordedPass | None) -> Iterator[GaugeMetricFamily]:

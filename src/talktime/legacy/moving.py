@@ -93,7 +93,7 @@ def export_legacy(settings: Settings, target: URL, mapped: Mapped) -> None:
         async def run(stop: asyncio.Event) -> None:
             database = Database(url, pool_size=BATCHES_AT_ONCE)
             try:
-                made = await sweep_and_record(database, stop)
+                made = await sweep_and_record(database, stop, webhook=settings.webhook)
                 if made.failed or stop.is_set():
                     message = f"nothing was exported: {made.failed} accounts could not be materialized"
                     raise MovingIncomplete(message if made.failed else "nothing was exported: it was stopped")

@@ -5,4 +5,5 @@
 ``advance``   an account's state at an instant -> its state at a later instant
 ``commands``  start, heartbeat, pause, stop, credit
 ``reading``   an account's state at an instant -> what is shown
+``events``    an account's state before and after a change -> what is told of it
 """

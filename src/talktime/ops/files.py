@@ -43,10 +43,11 @@ def text_of(file: str) -> str:
 
 def show(name: str) -> None:
     """Print the files of a name; of several, each with a line that tells its name."""
+    several = len(FILES[name]) > 1
     for file in FILES[name]:
-        if len(FILES[name]) > 1:
+        if several:
             print(f"# --- {file}")
-        print(text_of(file))
+        print(text_of(file), end="\n" if several else "")
 
 
 def write(name: str, folder: Path) -> None:

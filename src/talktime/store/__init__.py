@@ -7,6 +7,7 @@
 ``exhaustion`` until when running clocks are sure of their credits
 ``ledger``     ledger entries, segments and rate cards
 ``history``    everything that is stored of an account, for those who check it
+``outbox``     events that are to be told, and who sends them
 ``operators``  reads over all users, for the console; and the reconciler's passes
 ``keys``       service keys, and the console's sessions
 ``embedded``   the embedded PostgreSQL

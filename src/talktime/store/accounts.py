@@ -18,6 +18,7 @@ from talktime.store import statements as sql
 from talktime.store import tables
 from talktime.store.exhaustion import first_exhaustion
 from talktime.store.ledger import LedgerEntry, entries_of, insert_history
+from talktime.store.outbox import events_of, insert_events
 from talktime.store.sending import driver_of, send
 from talktime.store.tables import bucket_of, datetime_of
 
@@ -36,12 +37,15 @@ _CHAT_BEGINS = 4
 class Stored(NamedTuple):
     """An account as it is stored, the number of its next ledger entry, and from when a pass has something to write.
 
-    `exhausts_at` is what is stored of each of its chats (`first_exhaustion`).
+    `exhausts_at` is what is stored of each of its chats (`first_exhaustion`). `next_event` is the number of its next
+    event, None before the first; `low_at` since when its credits are known to be low, if they are.
     """
 
     account: Account
     next_entry: int
     due_at: int | None
+    next_event: int | None
+    low_at: int | None
     exhausts_at: Mapping[str, int | None]
 
     @property
@@ -142,11 +146,9 @@ async def lock_chats(
     stored = [
         Stored(
             Account(user_id, at, balance, allowances_of[user_id], chats_of[user_id]),
-            next_entry,
-            due_at,
-            exhaustions_of[user_id],
+            *(next_entry, due_at, next_event, low_at, exhaustions_of[user_id]),
         )
-        for _, user_id, balance, at, next_entry, due_at in (row[:_ACCOUNT_COLUMNS] for row in accounts)
+        for _, user_id, balance, at, next_entry, due_at, next_event, low_at in (a[:_ACCOUNT_COLUMNS] for a in accounts)
     ]
     now: int = rows[0][0]
     return stored, now
@@ -155,13 +157,16 @@ async def lock_chats(
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Account]]) -> list[LedgerEntry]:
+async def save(
+    connection: AsyncConnection, changes: Sequence[tuple[Stored, Account]], low_us: int | None = None
+) -> list[LedgerEntry]:
     """Write what has changed between each stored account and its next state; all accounts are of one bucket.
 
-    Returns the ledger entries that were added.
+    What is to be told of it too, unless `low_us`, how long low credits last, is None. Returns the entries added.
     """
     bucket = bucket_of(changes[0][1].user_id)
     entries: list[LedgerEntry] = []
+    events: NewRows = []
     # Of most accounts in most passes only the balance changes, and the instant, which is the same for all.
     at = changes[0][1].at
     grown: Rows = []
@@ -169,9 +174,12 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
     for stored, after in changes:
         added = entries_of(after, stored.next_entry, stored.booked) if after.journal else []
         entries += added
+        told, low_at = events_of(bucket, stored, after, low_us)
+        events += told
         due = due_at(after)
-        if added or due != stored.due_at or after.at != at:
-            changed.append((after.user_id, after.balance, after.at, stored.next_entry + len(added), due))
+        if added or told or due != stored.due_at or low_at != stored.low_at or after.at != at:
+            numbers = stored.next_entry + len(added), told[-1]["number"] + 1 if told else stored.next_event
+            changed.append((after.user_id, after.balance, after.at, numbers[0], due, numbers[1], low_at))
         else:
             grown.append((after.user_id, after.balance))
     new_chats, changed_chats, grown_chats = _chats_to_save(bucket, changes)
@@ -186,6 +194,7 @@ async def save(connection: AsyncConnection, changes: Sequence[tuple[Stored, Acco
     await _insert(connection, _chat, new_chats)
     await _insert(connection, _allowance, new_allowances)
     await insert_history(connection, bucket, [after for _, after in changes], entries)
+    await insert_events(connection, events)
     return entries
 
 

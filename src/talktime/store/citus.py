@@ -26,6 +26,7 @@ REFERENCE = "advisor"
 DISTRIBUTED = (
     *("account", "allowance", "chat", "segment", "ledger_entry"),
     *("opening_account", "opening_allowance", "opening_chat"),
+    "event",
 )
 """Parents before children: Citus refuses a foreign key to a table that is not distributed yet."""
 LOCAL = ("console_session", "reconciler_audit", "reconciler_pass", "service_key")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
     Integer,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _account, _allowance, _chat, _segment = tables.account, tables.allowance, tables.chat, tables.segment
-_pass, _audit = tables.reconciler_pass, tables.reconciler_audit
+_event, _pass, _audit = tables.event, tables.reconciler_pass, tables.reconciler_audit
 
 # A literal, not a parameter: only so does the planner see that the index of live chats has them all.
 _IS_RUNNING = _chat.c.state == literal_column(f"'{ChatState.RUNNING}'")
@@ -125,15 +125,49 @@ WORK_WAITING = select(
 And the latest instant up to which one of the accounts was materialized that have something to write now or later.
 """
 
-OVER_ALL_BUCKETS = (
-    COUNT_RUNNING,
-    NEWEST_RUNNING,
-    ALL_RUNNING,
-    THOSE_OF_NEWEST,
-    SEGMENTS_ENDED,
-    USERS_FROM,
-    WORK_WAITING,
+_EVENTS = (
+    select(
+        _event.c.user_id,
+        _event.c.number,
+        _event.c.type,
+        _event.c.occurred_at,
+        _event.c.attempts,
+        _event.c.next_try_at,
+        _event.c.last_error,
+    )
+    .order_by(_event.c.user_id, _event.c.number)
+    .limit(_LIMIT)
 )
+
+LATE_EVENTS = _EVENTS.where(_event.c.attempts > literal_column("0"))
+"""The events that were sent and not delivered, the dead ones too."""
+
+DEAD_EVENTS = _EVENTS.where(_event.c.state == literal_column("'dead'"))
+"""The events that are not sent any more."""
+
+EVENTS_WAITING = select(
+    func.count().filter(_event.c.state == literal_column("'pending'")),
+    func.min(_event.c.recorded_at).filter(_event.c.state == literal_column("'pending'")),
+    func.count().filter(_event.c.state == literal_column("'dead'")),
+).select_from(_event)
+"""How many events are to be sent, since when the oldest of them is, and how many are dead; a row."""
+
+OVER_ALL_BUCKETS = (
+    *(COUNT_RUNNING, NEWEST_RUNNING, ALL_RUNNING, THOSE_OF_NEWEST, SEGMENTS_ENDED, USERS_FROM),
+    *(WORK_WAITING, EVENTS_WAITING, LATE_EVENTS, DEAD_EVENTS),
+)
+
+
+class LateEvent(NamedTuple):
+    """An event that was sent `attempts` times and not delivered; dead, and not sent again, without a `next_try_at`."""
+
+    user_id: str
+    number: int
+    type: str
+    occurred_at: int
+    attempts: int
+    next_try_at: int | None
+    last_error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +197,20 @@ class RecordedAudit:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What waits for a pass, as of the instant `now`.
+    """What waits for a pass or a delivery, as of the instant `now`.
 
     `lag_us` is for how long the oldest of it has been waiting, and `unmaterialized_us` the sum over all accounts.
     `ahead_us` is how far the latest instant that something was written for lies beyond `now`: 0 unless the clock
-    stepped back.
+    stepped back. `events` are to be sent, the oldest for `events_us`; `dead_events` are not sent any more.
     """
 
     now: int
     lag_us: int
     unmaterialized_us: int
     ahead_us: int
+    events: int
+    events_us: int
+    dead_events: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,14 +286,18 @@ async def load_passes(connection: AsyncConnection, limit: int) -> tuple[list[Rec
 
 
 async def load_waiting(connection: AsyncConnection) -> Waiting:
-    """Read what waits for a pass; for one snapshot."""
+    """Read what waits; for one snapshot."""
     now: int = (await connection.execute(CLOCK)).scalar_one()
     oldest, waited, latest = (await connection.execute(WORK_WAITING, {"now": now})).one()
+    events, events_since, dead_events = (await connection.execute(EVENTS_WAITING)).one()
     return Waiting(
         now=now,
         lag_us=0 if oldest is None else max(0, now - oldest),
         unmaterialized_us=0 if waited is None else max(0, waited // MICROSECOND),
         ahead_us=0 if latest is None else max(0, latest - now),
+        events=events,
+        events_us=0 if events_since is None else max(0, now - events_since),
+        dead_events=dead_events,
     )
 
 
@@ -278,3 +319,9 @@ async def insert_audit(connection: AsyncConnection, made: RecordedAudit, *, keep
     """Write what an audit found, and forget those that ended before an instant; a transaction of its own."""
     await connection.execute(insert(_audit).values(asdict(made)))
     await connection.execute(delete(_audit).where(_audit.c.ended_at < bindparam("since", keep_since, tables.Instant)))
+
+
+async def load_late_events(connection: AsyncConnection, *, dead: bool, limit: int) -> list[LateEvent]:
+    """Return events that were sent and not delivered, of all users, or the dead ones among them."""
+    rows = await connection.execute(DEAD_EVENTS if dead else LATE_EVENTS, {"at_most": limit})
+    return [LateEvent(*row) for row in rows.all()]

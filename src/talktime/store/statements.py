@@ -21,6 +21,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     column,
+    delete,
     func,
     literal_column,
     or_,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     union_all,
     update,
 )
+from sqlalchemy.dialects.postgresql import distinct_on
 
 from talktime.meter.state import LIVE, ChatState
 from talktime.store import tables
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Cast, ColumnElement, CompoundSelect, Table, Update
     from sqlalchemy.types import TypeEngine
 
-_account, _allowance, _chat = tables.account, tables.allowance, tables.chat
+_account, _allowance, _chat, _event = tables.account, tables.allowance, tables.chat, tables.event
 
 _CHAT_KEY = ("user_id", "chat_id")
 CHAT_TOTALS = ("count_us", "elapsed_us", "free_us", "cost")
@@ -213,7 +215,9 @@ _IN_BUCKET = _chat.c.bucket == _BUCKET
 LOCK_BEATING_CHATS_IN_BUCKET = LOCK_BEATING_CHATS.where(_IN_BUCKET)
 RENEW_LEASES_IN_BUCKET = RENEW_LEASES.where(_IN_BUCKET)
 
-UPDATE_ACCOUNTS = _update_of(_account, ("user_id",), ("balance", "materialized_through", "next_entry", "due_at"))
+UPDATE_ACCOUNTS = _update_of(
+    _account, ("user_id",), ("balance", "materialized_through", "next_entry", "due_at", "next_event", "low_at")
+)
 UPDATE_GROWN_ACCOUNTS = _update_of(_account, ("user_id",), ("balance",), at="materialized_through")
 UPDATE_CHATS = _update_of(_chat, _CHAT_KEY, _CHAT_CHANGING)
 UPDATE_CHAT_TOTALS = _update_of(_chat, _CHAT_KEY, CHAT_TOTALS)
@@ -332,3 +336,41 @@ WORK_DUE = (
     .group_by(_account.c.bucket)
     .order_by(_account.c.bucket)
 )
+
+_BEFORE = bindparam("before", type_=tables.Instant)
+_IS_PENDING = text(tables.PENDING_SQL)
+EVENT_KEY = (_event.c.user_id, _event.c.number)
+
+EVENTS_DUE = (
+    select(_event.c.bucket, func.count())
+    .where(_IS_PENDING, _event.c.next_try_at <= _BEFORE)
+    .group_by(_event.c.bucket)
+    .order_by(_event.c.bucket)
+)
+
+_first = (
+    select(*EVENT_KEY, _event.c.next_try_at)
+    .where(_event.c.bucket == _BUCKET, _IS_PENDING)
+    .order_by(*EVENT_KEY)
+    .ext(distinct_on(_event.c.user_id))
+    .subquery("first")
+)
+FIRST_EVENTS = (
+    # Of each user the first that was not delivered; where that one has to wait, so have those behind it.
+    select(_first.c.user_id, _first.c.number)
+    .where(_first.c.next_try_at <= _BEFORE)
+    .limit(bindparam("at_most", type_=Integer))
+)
+
+_these = _unnest("these", "of_", EVENT_KEY)
+_IS_THESE = and_(_event.c.bucket == _BUCKET, *(_event.c[c.name] == _these.c[c.name] for c in EVENT_KEY))
+LOCK_EVENTS = (
+    select(*EVENT_KEY, _event.c.event_id, _event.c.payload, _event.c.attempts, _NOW)
+    .select_from(_event)
+    .join(_these, _IS_THESE)
+    .where(_IS_PENDING, _event.c.next_try_at <= _BEFORE)
+    .with_for_update(of=_event, skip_locked=True)
+)
+CLAIM_EVENTS = _update_of(_event, ("user_id", "number"), ("attempts",), at="next_try_at")
+PUT_OFF_EVENTS = _update_of(_event, ("user_id", "number", "attempts"), ("state", "next_try_at", "last_error"))
+DELETE_EVENTS = delete(_event).where(_IS_THESE)

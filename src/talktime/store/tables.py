@@ -73,6 +73,7 @@ metadata = MetaData(
 )
 
 PAGED_SQL = "started_at > '-infinity'"
+PENDING_SQL = "state = 'pending'"
 LIVE_STATES_SQL = "state IN ('running', 'lapsed', 'paused', 'exhausted')"
 
 
@@ -104,6 +105,10 @@ account = Table(
     # From when a pass finds something to write: null where nothing runs and nothing can be abandoned. It changes only
     # with a chat's state, so a pass over running chats stays a HOT update.
     _instant("due_at", nullable=True),
+    # The number of the next event, null as long as there was none; and since when credits are known to be low, as the
+    # last of those events said, null where they are not.
+    Column("next_event", BigInteger),
+    _instant("low_at", nullable=True),
     PrimaryKeyConstraint("bucket", "user_id"),
     CheckConstraint(f"bucket >= 0 AND bucket < {BUCKETS}", name="bucket"),
     CheckConstraint("balance >= 0", name="balance"),
@@ -274,6 +279,33 @@ opening_chat = Table(
     PrimaryKeyConstraint("bucket", "user_id", "chat_id"),
     ForeignKeyConstraint(["bucket", "user_id", "chat_id"], ["chat.bucket", "chat.user_id", "chat.chat_id"]),
     CheckConstraint("free_us >= 0 AND cost >= 0 AND elapsed_us >= 0", name="totals"),
+)
+
+# What is to be told to the host product, in the order of its numbers: written with what it tells, and deleted once it
+# is delivered. `next_try_at` is when it may be sent, also after somebody took it to send it and was never heard of
+# again; null where it is not sent any more.
+event = Table(
+    "event",
+    metadata,
+    Column("bucket", SmallInteger, nullable=False),
+    _id("user_id"),
+    _number("number"),
+    Column("event_id", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    _instant("occurred_at"),
+    _instant("recorded_at"),
+    Column("payload", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("attempts", SmallInteger, nullable=False),
+    _instant("next_try_at", nullable=True),
+    Column("last_error", Text),
+    PrimaryKeyConstraint("bucket", "user_id", "number"),
+    ForeignKeyConstraint(["bucket", "user_id"], ["account.bucket", "account.user_id"]),
+    UniqueConstraint("bucket", "user_id", "event_id", name="uq_event_event_id"),
+    CheckConstraint("state IN ('pending', 'dead')", name="state"),
+    CheckConstraint("(state = 'pending') = (next_try_at IS NOT NULL)", name="pending_is_tried"),
+    CheckConstraint("number > 0 AND attempts >= 0", name="figures"),
+    Index("ix_event_pending", "bucket", "user_id", "number", postgresql_where=text(PENDING_SQL)),
 )
 
 advisor = Table(
