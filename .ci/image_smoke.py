@@ -6,6 +6,7 @@ run as the README says: with a root that cannot be written, without capabilities
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import subprocess
@@ -36,9 +37,34 @@ createdb restored
 pg_restore --dbname=restored --exit-on-error --jobs=2 /tmp/talktime.dump
 """
 
+SECRET = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
+# Says what it was told, a line each, once the signature is verified by the library of whoever receives webhooks.
+RECEIVER = """
+import http.server, os, sys
+from standardwebhooks import Webhook
+
+class Receiver(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["content-length"]))
+        Webhook(os.environ["SECRET"]).verify(body, dict(self.headers))
+        sys.stdout.write(body.decode() + chr(10))
+        sys.stdout.flush()
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+http.server.HTTPServer(("127.0.0.1", 9000), Receiver).serve_forever()
+"""
+TOLD = [
+    *("account.credited", "chat.started", "balance.low", "chat.exhausted"),
+    *("account.credited", "chat.started", "chat.ended"),
+]
+
 
 def main(image: str, postgres_image: str) -> None:
-    """Start all of it, meter two chats, end it, and remove what was started, however it went."""
+    """Start all of it, meter two chats, hear of them, end it, and remove what was started, however it went."""
     try:
         docker("network", "create", NAME)
         smoke(image, postgres_image)
@@ -66,9 +92,18 @@ def smoke(image: str, postgres_image: str) -> None:
     run(*psql, "--quiet", "--set", "ON_ERROR_STOP=1", "--command", LOGIN)
     key = command(image, "key", "new", "smoke", **service).strip()
 
-    # A receiver of webhooks would be started here, as "receiver" in the same network, and asked after meter().
-    start("api", image, *LOCKED_DOWN, "--publish", "127.0.0.1::8000", **service)
-    start("reconciler", image, *LOCKED_DOWN, "--no-healthcheck", after=("reconcile", "--every", "1"), **service)
+    # The receiver listens on loopback alone, for http, and the reconciler shares that with it.
+    telling = {
+        **service,
+        "TALKTIME_WEBHOOK_URL": "http://127.0.0.1:9000/",
+        "TALKTIME_WEBHOOK_SECRET": SECRET,
+        "TALKTIME_BALANCE_LOW_SECONDS": "2",
+    }
+    beside = ("--no-healthcheck", *LOCKED_DOWN)
+    start("receiver", image, *beside, "--entrypoint", "python3", after=("-c", RECEIVER), SECRET=SECRET)
+    start("api", image, *LOCKED_DOWN, "--publish", "127.0.0.1::8000", **telling)
+    every = ("reconcile", "--every", "1")
+    start("reconciler", image, *beside, after=every, network=f"container:{NAME}-receiver", **telling)
     origin = f"http://{docker('port', f'{NAME}-api', '8000/tcp').strip()}"
     wait_for("a healthy API", lambda: inspected("api", ".State.Health.Status") == "healthy")
     call("GET", f"{origin}/readyz")
@@ -80,6 +115,10 @@ def smoke(image: str, postgres_image: str) -> None:
         return json.loads(call(method, f"{origin}/v1{path}", key, body, **headers))
 
     meter(ask)
+    wait_for("the last webhook", lambda: len(told()) >= len(TOLD))
+    print(f"webhooks, verified: {told()}")
+    if told() != TOLD:
+        sys.exit(f"the webhooks are not {TOLD}")
 
     for part in ("api", "reconciler"):
         began = time.monotonic()
@@ -135,6 +174,11 @@ def meter(ask: Callable[..., Any]) -> None:
         sys.exit(f"the balance, {balance}, is not the sum of the ledger: {lines}")
 
 
+def told() -> list[str]:
+    """Return what the receiver was told, in the order of its lines."""
+    return [json.loads(line)["type"] for line in docker("logs", f"{NAME}-receiver").splitlines()]
+
+
 def buy(ask: Callable[..., Any], amount: str) -> None:
     """Let the user buy credits."""
     body = {"kind": "purchase", "amount": amount, "memo": "smoke"}
@@ -149,9 +193,12 @@ def ledger(ask: Callable[..., Any]) -> list[Any]:
 # --- containers -------------------------------------------------------------------------------------------------------
 
 
-def start(part: str, image: str, *options: str, after: tuple[str, ...] = (), **variables: str) -> None:
+def start(
+    part: str, image: str, *options: str, after: tuple[str, ...] = (), network: str = NAME, **variables: str
+) -> None:
     """Start a container of this run in the background; `after` is what follows the image's name."""
-    docker("run", "--detach", "--name", f"{NAME}-{part}", "--network", NAME, *options, *env(variables), image, *after)
+    named = ("--name", f"{NAME}-{part}", "--network", network)
+    docker("run", "--detach", *named, *options, *env(variables), image, *after)
 
 
 def command(image: str, *arguments: str, **variables: str) -> str:
