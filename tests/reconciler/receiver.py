@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -9,14 +10,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from standardwebhooks import Webhook
 
+from reconciler.delivery import Delivered, deliver
+from talktime import operations
+from talktime.meter.state import CreditKind, RateCard, Tariff
 from talktime.webhooks import WebhookSettings
-from tests.support import S
+from tests.database import connect
+from tests.program import written
+from tests.support import CREDIT, S, open_service
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
+    from sqlalchemy.engine import URL
+
+    from talktime.operations import Service
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+CARD = RateCard(Tariff(60 * CREDIT), 4 * S)
+LOW_US = 10 * S
 OTHER_SECRET = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 
 
@@ -89,3 +104,31 @@ def receiving() -> Iterator[Receiver]:
                 receiver.hangs.set()
             server.shutdown()
             serving.join()
+
+
+def telling(url: URL) -> AbstractAsyncContextManager[Service]:
+    return open_service(url, card=CARD, low_us=LOW_US)
+
+
+async def deliver_now(service: Service, receiver: Receiver) -> Delivered:
+    return await deliver(service.database, receiver.settings, asyncio.Event())
+
+
+async def credit(service: Service, user_id: str, key: str = "k", amount: int = 50 * CREDIT) -> None:
+    await operations.credit(service, user_id, kind=CreditKind.PURCHASE, amount=amount, memo="", key=key)
+
+
+def variables_of(url: URL, receiver: Receiver) -> dict[str, str]:
+    return {
+        "TALKTIME_DATABASE_URL": written(url),
+        "TALKTIME_WEBHOOK_URL": receiver.url,
+        "TALKTIME_WEBHOOK_SECRET": receiver.settings.secrets[0],
+        "TALKTIME_BALANCE_LOW_SECONDS": "0",
+    }
+
+
+def scalar(url: URL, query: str) -> Any:  # noqa: ANN401 - as the query has it
+    with connect(url) as connection:
+        row = connection.execute(query).fetchone()
+    assert row is not None
+    return row[0]
