@@ -126,7 +126,9 @@ def test_some_have_a_second_reason(tmp_path: Path) -> None:
     fired(tmp_path, {**WELL, **never}, ["TalktimeReconcilerWithoutSuccess"])
 
 
-async def test_all_that_the_rules_look_at_is_there(database_url: URL) -> None:
+async def test_all_that_the_rules_look_at_is_there_and_the_readme_tells_of_all_that_is(
+    database_url: URL, pytestconfig: pytest.Config
+) -> None:
     database = Database(database_url)
     await sweep_and_record(database, asyncio.Event())
     await operating.record_audit(database, took_us=1, accounts=0, differing=0, differences=0)
@@ -139,3 +141,9 @@ async def test_all_that_the_rules_look_at_is_there(database_url: URL) -> None:
     assert len(named) >= len(ALERTS)
     assert named - there == set()
     assert {name.partition("{")[0] for name in WELL} - {"up"} == named
+    names = {name for name in there if name.startswith("talktime_") and not name.endswith("_created")}
+    readme = (pytestconfig.rootpath / "README.md").read_text()
+    told = [line for line in readme.splitlines() if line.startswith("| `talktime_")]
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in names} == set(
+        re.findall(r"`(talktime_\w+)`", "".join(told))
+    )
