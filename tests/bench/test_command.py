@@ -182,8 +182,8 @@ def test_pgbench_counts_single_rows(database_url: URL, tmp_path: Path) -> None:
     assert run["rate"] > 10
     with connect(database_url) as connection:
         row = connection.execute(
-            "SELECT count(*), (SELECT reloptions FROM pg_class WHERE relname = 'bench_row')"
-            " = (SELECT reloptions FROM pg_class WHERE relname = 'chat') FROM bench_row"
+            "SELECT count(*), (SELECT reloptions FROM pg_class WHERE oid = 'bench_row'::regclass)"
+            " = (SELECT reloptions FROM pg_class WHERE oid = 'chat'::regclass) FROM bench_row"
         ).fetchone()
     assert (50, True) == row
     with connect(database_url) as connection:
