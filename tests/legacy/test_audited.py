@@ -1,0 +1,64 @@
+"""The audit of what was taken over: totals begin with the openings, and whoever changes one of the two is found out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy.engine import URL
+
+from talktime.legacy.rows import OldRecord, OldUser
+from talktime.legacy.taking_over import Rules, decide
+from talktime.store import openings
+from talktime.store.statements import CLOCK
+from talktime.store.tables import bucket_of
+from tests.database import connect
+from tests.reconciler.rich_history import found_in
+from tests.support import FREE_OF_CHARGE, POLICY, open_service
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+@pytest.fixture
+async def moved_in(database_url: URL) -> URL:
+    """A user with 25 credits, half of the free time used, and a chat that runs on."""
+
+    async def work(connection: AsyncConnection) -> None:
+        now: int = (await connection.execute(CLOCK)).scalar_one()
+        old = OldRecord("r", "u", "a", "c", "60", "1.5", "90", "180", is_active=True, recorded_at=now, heartbeat_at=now)
+        decided = decide("u", [OldUser("u", "25")], [old], [], rules=Rules(POLICY, {}, FREE_OF_CHARGE), now=now)
+        assert decided.taken is not None
+        await openings.insert_accounts(connection, bucket_of("u"), [decided.taken])
+
+    async with open_service(database_url) as service:
+        await service.database.transaction(work)
+    return database_url
+
+
+async def test_what_was_taken_over_is_as_it_should_be(moved_in: URL) -> None:
+    assert [] == await found_in(moved_in)
+
+
+@pytest.mark.parametrize(
+    ("tampering", "found"),
+    [
+        ("UPDATE opening_account SET credits = credits + 1", "ledger entry 1: amount"),
+        ("UPDATE opening_account SET credits = 0", "ledger entry 1: amount"),
+        ("DELETE FROM opening_account", "ledger entry 1: amount"),
+        ("UPDATE opening_allowance SET used_us = used_us - 1", "used_us"),
+        ("DELETE FROM opening_allowance", "used_us"),
+        ("UPDATE opening_chat SET elapsed_us = elapsed_us + 1", "elapsed_us"),
+        ("UPDATE opening_chat SET cost = cost - 1", "cost"),
+        ("DELETE FROM opening_chat", "elapsed_us"),
+        ("UPDATE chat SET cost = cost + 1", "cost"),
+        ("UPDATE ledger_entry SET amount = amount + 1, balance_after = balance_after + 1", "ledger entry 1: amount"),
+        ("DELETE FROM ledger_entry", "opening in the ledger"),
+        ("UPDATE account SET balance = balance + 1", "balance"),
+    ],
+)
+async def test_tampering_with_it_is_found_and_named(moved_in: URL, tampering: str, found: str) -> None:
+    with connect(moved_in) as connection:
+        connection.execute(tampering)
+    lines = [line for findings in await found_in(moved_in) for line in findings.lines()]
+    assert any(found in line for line in lines), lines
