@@ -27,7 +27,8 @@ async def moved_in(database_url: URL) -> URL:
     async def work(connection: AsyncConnection) -> None:
         now: int = (await connection.execute(CLOCK)).scalar_one()
         old = OldRecord("r", "u", "a", "c", "60", "1.5", "90", "180", is_active=True, recorded_at=now, heartbeat_at=now)
-        decided = decide("u", [OldUser("u", "25")], [old], [], rules=Rules(POLICY, {}, FREE_OF_CHARGE), now=now)
+        rules = Rules(POLICY, {}, FREE_OF_CHARGE)
+        decided = decide("u", [OldUser("u", "25")], [old], [], rules=rules, read_at=now, now=now)
         assert decided.taken is not None
         await openings.insert_accounts(connection, bucket_of("u"), [decided.taken])
 

@@ -36,9 +36,10 @@ def taken(
     users: Sequence[OldUser] = (OldUser("u", "25"),),
     rules: Rules = RULES,
     user_id: str = "u",
+    read_at: int = NOW,
 ) -> Decided:
     """Decide, and check what always holds: nothing is lost between before, after and what is listed."""
-    decided = decide(user_id, users, records, chats, rules=rules, now=NOW)
+    decided = decide(user_id, users, records, chats, rules=rules, read_at=read_at, now=NOW)
     after = Figures()
     if decided.taken is not None:
         for opening in decided.taken.chats.values():
@@ -80,6 +81,11 @@ def test_an_inactive_record_becomes_history_with_its_totals_verbatim() -> None:
 def test_an_active_record_that_was_just_heard_of_runs_on_from_the_import_and_the_gap_is_not_billed() -> None:
     chat = chat_of(taken(record(is_active=True, heartbeat_at=NOW - 14 * S)))
     assert (ChatState.RUNNING, NOW, 60 * S, 1_500_000) == (chat.state, chat.opened_at, chat.elapsed_us, chat.cost)
+
+
+def test_who_was_heard_of_when_the_old_tables_were_read_runs_on_however_long_the_import_takes() -> None:
+    chat = chat_of(taken(record(is_active=True, heartbeat_at=NOW - 60 * S), read_at=NOW - 46 * S))
+    assert (ChatState.RUNNING, NOW, NOW) == (chat.state, chat.opened_at, chat.last_heartbeat_at)
 
 
 def test_at_the_end_of_the_lease_an_active_record_has_lapsed() -> None:

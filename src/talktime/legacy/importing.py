@@ -119,6 +119,7 @@ class _Undone(Exception):
 class _Importer:
     database: Database
     rules: Rules
+    read_at: int
     reporter: Reporter
     dry_run: bool
     total: int
@@ -153,9 +154,7 @@ class _Importer:
             now: int = (await connection.execute(CLOCK)).scalar_one()
             user_ids = [user.user_id for user in users]
             before = await openings.load_openings(connection, bucket, user_ids)
-            decided = [
-                decide(user.user_id, user.users, user.records, user.chats, rules=self.rules, now=now) for user in users
-            ]
+            decided = [self._decide(user, now) for user in users]
             taken = [one.taken for one in decided if one.taken is not None and one.user_id not in before]
             if taken:
                 await openings.insert_accounts(connection, bucket, taken)
@@ -170,8 +169,13 @@ class _Importer:
         except _Undone as undone:
             return undone.told
 
+    def _decide(self, user: OldRows, now: int) -> Decided:
+        return decide(
+            user.user_id, user.users, user.records, user.chats, rules=self.rules, read_at=self.read_at, now=now
+        )
+
     def _failed(self, user: OldRows, error: Exception) -> tuple[UserReport, list[Listed]]:
-        decided = decide(user.user_id, user.users, user.records, user.chats, rules=self.rules, now=0)
+        decided = self._decide(user, now=0)
         report, listed = _left_out(decided, Outcome.FAILED, f"it cannot be written ({type(error).__name__})")
         return report, listed
 
@@ -224,7 +228,7 @@ async def import_all(
     rules = Rules(policy, cards, default_card, mapped.second_us)
     made = Import()
     async with open_source(source_url, mapped) as source:
-        importer = _Importer(database, rules, reporter, dry_run, sum(source.counts.values()), made)
+        importer = _Importer(database, rules, source.read_at, reporter, dry_run, sum(source.counts.values()), made)
         reporter.progress(0, importer.total)
         batches: asyncio.Queue[tuple[int, list[OldRows]] | None] = asyncio.Queue(maxsize=BATCHES_AT_ONCE)
 

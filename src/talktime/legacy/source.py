@@ -31,6 +31,7 @@ _COLUMNS = """
         AND nspname <> 'information_schema' AND nspname NOT LIKE 'pg\\_%'
     ORDER BY nspname, relname, attnum
 """
+_NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 _IS_ACTIVE = OldRecord._fields.index("is_active")
 _INSTANTS = {"timestamp with time zone": "{column}", "timestamp without time zone": "{column} AT TIME ZONE {zone}"}
 
@@ -52,6 +53,8 @@ class Source:
     tables: Mapping[str, Found]
     columns: Mapping[str, sql.Composable]
     counts: Mapping[str, int]
+    read_at: int
+    """When the snapshot was taken, by the old database's clock."""
     nameless: list[OldUser | OldRecord | OldChat]
     """Rows that name no user, for whoever lists what is not taken over; complete once users are read."""
 
@@ -128,11 +131,12 @@ async def open_source(url: URL, mapped: Mapped) -> AsyncIterator[Source]:
         async with await psycopg.AsyncConnection.connect(target, connect_timeout=CONNECT_SECONDS_MAX) as connection:
             await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
             await connection.set_read_only(True)
+            read_at = await _number(connection, sql.SQL(_NOW))
             there, types = await look_up(connection)
             tables = find(mapped, there)
             columns = {name: _columns(found, types, mapped) for name, found in tables.items()}
             counts = {name: await _count(connection, found) for name, found in tables.items()}
-            yield Source(connection, tables, columns, counts, [])
+            yield Source(connection, tables, columns, counts, read_at, [])
     except psycopg.OperationalError as error:
         message = f"the old database does not answer: {str(error).partition(chr(10))[0]}"
         raise DatabaseUnavailable(message) from error
@@ -177,6 +181,10 @@ def _instant(found: Found, name: str, kind: str, mapped: Mapped) -> sql.Composab
 
 
 async def _count(connection: psycopg.AsyncConnection, found: Found) -> int:
-    query = sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(found.schema, found.name))
+    table = sql.Identifier(found.schema, found.name)
+    return await _number(connection, sql.SQL("SELECT count(*) FROM {}").format(table))
+
+
+async def _number(connection: psycopg.AsyncConnection, query: sql.SQL | sql.Composed) -> int:
     row = await (await connection.execute(query)).fetchone()
     return 0 if row is None else int(row[0])

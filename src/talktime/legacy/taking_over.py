@@ -5,7 +5,7 @@ what the old tables hold                     what is made of it
 ===========================================  ==========================================================================
 a time record                                its chat's totals begin with its duration, free time and credits, verbatim
 a record that is active, its last heartbeat  the clock runs on from the instant of the import, at the advisor's present
-within the lease                             tariff; the gap is not billed. Where clocks exclude each other the one
+within the lease when it was read            tariff; the gap is not billed. Where clocks exclude each other the one
                                              heard of last runs, and the others were switched away from
 a record that is active, but silent          lapsed at the end of its lease, and abandoned when that is long ago
 a record that is not active                  ended at its last heartbeat; a start takes it up again
@@ -92,6 +92,7 @@ class _Old:
     advisor_id: str
     figures: Figures
     record: OldRecord | None = None
+    is_alive: bool = False
 
 
 @dataclass(slots=True)
@@ -106,6 +107,7 @@ class _Desk:
 
     user_id: str
     rules: Rules
+    read_at: int
     before: Figures = NOTHING
     listed: list[Listed] = field(default_factory=list)
 
@@ -141,10 +143,14 @@ def decide(
     chats: Sequence[OldChat],
     *,
     rules: Rules,
+    read_at: int,
     now: int,
 ) -> Decided:
-    """Decide what becomes of all the rows of one user at the instant `now`, in microseconds."""
-    desk = _Desk(user_id, rules)
+    """Decide what becomes of all the rows of one user at the instant `now`, in microseconds.
+
+    They were read at `read_at`, by the old database's clock: who was heard of then had not fallen silent.
+    """
+    desk = _Desk(user_id, rules, read_at)
     had = sum(_credits(desk, user) for user in users)
     known = _valid_chats(desk, chats)
     valid = [(record, old) for record in records if (old := _valid_record(desk, record)) is not None]
@@ -230,7 +236,9 @@ def _valid_record(desk: _Desk, record: OldRecord) -> _Old | None:
     if fault or record.chat_id is None or record.advisor_id is None:
         desk.note(name, fault, Figures(elapsed_us, free_us, cost))
         return None
-    return _Old(name, record.chat_id, record.advisor_id, Figures(elapsed_us, free_us, cost), record)
+    silent_at = 0 if record.heartbeat_at is None else record.heartbeat_at + desk.rules.policy.lease_us
+    is_alive = record.is_active and desk.read_at < silent_at
+    return _Old(name, record.chat_id, record.advisor_id, Figures(elapsed_us, free_us, cost), record, is_alive)
 
 
 def _duration(desk: _Desk, name: str, text: str | None) -> int:
@@ -312,7 +320,7 @@ def _account(desk: _Desk, balance: int, olds: Mapping[str, _Old], pairs: Mapping
         allowances[advisor_id] = Allowance(granted_us, min(pair.used_us, granted_us))
     chats = {chat_id: _chat(old, rules, now) for chat_id, old in olds.items()}
     account = Account(desk.user_id, now, balance, allowances, chats)
-    for chat_id in _running(olds, rules.policy, now):
+    for chat_id in _running(olds, rules.policy):
         chat = account.chats[chat_id]
         account = commands.start(
             account,
@@ -325,19 +333,9 @@ def _account(desk: _Desk, balance: int, olds: Mapping[str, _Old], pairs: Mapping
     return advance(account, now)
 
 
-def _is_alive(old: _Old, policy: Policy, now: int) -> bool:
-    record = old.record
-    return (
-        record is not None
-        and record.is_active
-        and record.heartbeat_at is not None
-        and now < record.heartbeat_at + policy.lease_us
-    )
-
-
-def _running(olds: Mapping[str, _Old], policy: Policy, now: int) -> list[str]:
+def _running(olds: Mapping[str, _Old], policy: Policy) -> list[str]:
     """Return the chats whose clocks run on, one of those that exclude each other."""
-    alive = [old for old in olds.values() if _is_alive(old, policy, now)]
+    alive = [old for old in olds.values() if old.is_alive]
     best: dict[str, _Old] = {}
     for old in sorted(alive, key=lambda one: (one.record.heartbeat_at or 0 if one.record else 0, one.chat_id)):
         group = {Scope.ADVISOR: old.advisor_id, Scope.USER: "", Scope.NONE: old.chat_id}[policy.scope]
@@ -355,7 +353,7 @@ def _chat(old: _Old, rules: Rules, now: int) -> Chat:
     started_at = min([now, heard_at, *known])
     if record is None or not record.is_active:
         state, reason, stopped_at = ChatState.ENDED, StopReason.ENDED, heard_at
-    elif _is_alive(old, policy, now):
+    elif old.is_alive:
         state, reason, stopped_at = ChatState.PAUSED, StopReason.SWITCHED, heard_at
     else:
         state, reason, stopped_at = ChatState.LAPSED, StopReason.LAPSED, min(now, heard_at + policy.lease_us)
