@@ -79,7 +79,12 @@ async def export_all(
         async with await psycopg.AsyncConnection.connect(to, connect_timeout=CONNECT_SECONDS_MAX) as target:
             await target.execute("SET DateStyle = 'ISO'")
             tables, types = await _tables(target, mapped)
-            await database.snapshot(lambda connection: _copy(connection, target, progress), patient=True)
+
+            async def copy(connection: AsyncConnection) -> None:
+                async with target.transaction():  # it is tried again where talktime's own database was lost
+                    await _copy(connection, target, progress)
+
+            await database.snapshot(copy, patient=True)
             return [await _merge(target, table, found, types, mapped) for table, found in tables.items()]
     except psycopg.OperationalError as error:
         message = f"the old database does not answer: {str(error).partition(chr(10))[0]}"
