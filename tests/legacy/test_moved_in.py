@@ -1,4 +1,4 @@
-"""The audit of what was taken over: totals begin with the openings, and whoever changes one of the two is found out."""
+"""What was taken over is shown, and audited: totals begin with the openings, and whoever changes one is found out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from talktime.legacy.taking_over import Rules, decide
 from talktime.store import openings
 from talktime.store.statements import CLOCK
 from talktime.store.tables import bucket_of
+from tests.api.requests import AUTH
 from tests.database import connect
 from tests.reconciler.rich_history import found_in
-from tests.support import FREE_OF_CHARGE, POLICY, open_service
+from tests.support import FREE_OF_CHARGE, POLICY, S, open_service
+from tests.web.server import console, page_of, text_of
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -39,6 +41,20 @@ async def moved_in(database_url: URL) -> URL:
 
 async def test_what_was_taken_over_is_as_it_should_be(moved_in: URL) -> None:
     assert [] == await found_in(moved_in)
+
+
+async def test_api_and_console_say_that_it_was_taken_over(moved_in: URL) -> None:
+    async with console(moved_in) as client:
+        text = text_of(page_of(await client.get("/console/users/u")))
+        ledger = (await client.get("/v1/users/u/ledger", headers=AUTH)).json()["items"]
+        reading = (await client.get("/v1/users/u/chats/c", headers=AUTH)).json()
+    assert "Taken over" in text
+    assert "+25.00" in text
+    assert [("opening", "25.000000", "25.000000")] == [
+        (entry["kind"], entry["amount"], entry["balance_after"]) for entry in ledger
+    ]
+    assert ("running", "1.500000") == (reading["state"], reading["credits_used"])
+    assert 60 * S <= reading["free_used_us"] == reading["elapsed_us"] < 90 * S
 
 
 @pytest.mark.parametrize(
