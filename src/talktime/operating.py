@@ -19,9 +19,10 @@ from talktime.meter.advance import advance
 from talktime.meter.reading import Reading, read_account
 from talktime.meter.state import Account, Segment, StopReason
 from talktime.meter.units import MINUTE_US
-from talktime.store import operators, outbox
+from talktime.store import openings, operators, outbox
 from talktime.store.accounts import load_due
 from talktime.store.keys import read_clock
+from talktime.store.openings import OpeningChat
 from talktime.store.operators import LateEvent, RecordedAudit, RecordedPass, Waiting
 
 if TYPE_CHECKING:
@@ -291,6 +292,11 @@ async def from_outside(database: Database) -> Outside:
         )
 
     return await database.aside(work)
+
+
+async def read_opening(database: Database, user_id: str, chat_id: str) -> OpeningChat | None:
+    """Return what a chat brought along from the system that it was taken over from; None if it began here."""
+    return await database.read(partial(openings.load_opening_chat, user_id=user_id, chat_id=chat_id))
 
 
 # --- events -----------------------------------------------------------------------------------------------------------

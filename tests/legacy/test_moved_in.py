@@ -46,10 +46,14 @@ async def test_what_was_taken_over_is_as_it_should_be(moved_in: URL) -> None:
 async def test_api_and_console_say_that_it_was_taken_over(moved_in: URL) -> None:
     async with console(moved_in) as client:
         text = text_of(page_of(await client.get("/console/users/u")))
+        receipt = text_of(page_of(await client.get("/console/users/u/chats/c")))
         ledger = (await client.get("/v1/users/u/ledger", headers=AUTH)).json()["items"]
         reading = (await client.get("/v1/users/u/chats/c", headers=AUTH)).json()
     assert "Taken over" in text
     assert "+25.00" in text
+    # 90 free seconds of the pair are more than this chat ran, so all of it was free.
+    assert "Taken over, from before: 1 minute 1:00 0:00 1.50 All of the chat: " in receipt
+    assert receipt.index("It runs") < receipt.index("Taken over")
     assert [("opening", "25.000000", "25.000000")] == [
         (entry["kind"], entry["amount"], entry["balance_after"]) for entry in ledger
     ]

@@ -18,6 +18,7 @@ from talktime.store.accounts import due_at, row_of
 from talktime.store.exhaustion import first_exhaustion
 from talktime.store.ledger import OPENING, LedgerEntry, insert_history
 from talktime.store.statements import USERS, array_literal
+from talktime.store.tables import bucket_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Select, Table
@@ -177,6 +178,15 @@ async def load_openings(connection: AsyncConnection, bucket: int, user_ids: Sequ
         user_id: Opening(had, booked.get(user_id, 0), *(int(n) for n in totals.get(user_id, (0, 0, 0, 0))))
         for user_id, had in imported
     }
+
+
+async def load_opening_chat(connection: AsyncConnection, user_id: str, chat_id: str) -> OpeningChat | None:
+    """Read what a chat brought along; None if it began here."""
+    query = select(_of_chat.c.record_id, _of_chat.c.elapsed_us, _of_chat.c.free_us, _of_chat.c.cost).where(
+        _of_chat.c.bucket == bucket_of(user_id), _of_chat.c.user_id == user_id, _of_chat.c.chat_id == chat_id
+    )
+    row = (await connection.execute(query)).one_or_none()
+    return None if row is None else OpeningChat(*row)
 
 
 async def load_cards(connection: AsyncConnection) -> dict[str, RateCard]:

@@ -20,6 +20,7 @@ from talktime.meter.state import CreditKind
 from talktime.meter.units import MICRO, MINUTE_US
 from talktime.operating import KeptHour
 from talktime.operations import SegmentView, Service
+from talktime.store.openings import OpeningChat
 from talktime.web import charts
 from talktime.web.rendering import credits_exact, credits_short, iso, redirect, render, user_url
 from talktime.web.sessions import Session, form_of, service_of
@@ -240,7 +241,7 @@ def _checked(form: CreditForm, session: Session) -> tuple[dict[str, str], int, s
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a chat's segments add up to: microseconds, and micro-credits."""
+    """What a chat's segments add up to, or what it brought along: microseconds, and micro-credits."""
 
     elapsed_us: int
     free_us: int
@@ -248,16 +249,24 @@ class Totals:
     cost: int
 
 
-def _totals(reading: Reading, segments: Sequence[SegmentView], *, complete: bool) -> Totals:
-    """Return the totals of all segments: of those shown, if these are all, so that a running chat's add up too."""
+def _totals_of(opening: OpeningChat) -> Totals:
+    free_us = opening.chat_free_us
+    return Totals(opening.elapsed_us, free_us, opening.elapsed_us - free_us, opening.cost)
+
+
+def _totals(reading: Reading, segments: Sequence[SegmentView], before: Totals | None, *, complete: bool) -> Totals:
+    """Return the chat's totals: of what is shown, if that is all, so that a running chat's add up too."""
     if not complete:
         elapsed_us, free_us = reading.elapsed_us, reading.free_used_us
         return Totals(elapsed_us, free_us, elapsed_us - free_us, reading.credits_used)
+    parts: list[Totals | SegmentView] = [*segments]
+    if before is not None:
+        parts.append(before)
     return Totals(
-        sum(segment.elapsed_us for segment in segments),
-        sum(segment.free_us for segment in segments),
-        sum(segment.paid_us for segment in segments),
-        sum(segment.cost for segment in segments),
+        sum(part.elapsed_us for part in parts),
+        sum(part.free_us for part in parts),
+        sum(part.paid_us for part in parts),
+        sum(part.cost for part in parts),
     )
 
 
@@ -275,6 +284,8 @@ async def chat(
     segments, following = await operations.read_segments(
         service, user_id, chat_id, after=read_cursor("segments", after), limit=SEGMENTS_MAX
     )
+    opening = await operating.read_opening(service.database, user_id, chat_id)
+    before = None if opening is None else _totals_of(opening)
     return page(
         request,
         "chat.html",
@@ -283,7 +294,8 @@ async def chat(
         reading=reading,
         server_time=iso(reading.server_time),
         segments=segments,
-        totals=_totals(reading, segments, complete=after is None and following is None),
+        before=before,
+        totals=_totals(reading, segments, before, complete=after is None and following is None),
         after=after,
         following=write_cursor("segments", following),
     )
