@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,11 @@ from tests.program import NOWHERE, TALKTIME, environment, run, written
 from tests.support import S, audit_lines, open_service
 
 if TYPE_CHECKING:
-    from tests.database import Databases
+    from tests.database import Clock, Databases
 
 RECORDS = int(os.environ.get("TALKTIME_TEST_OLD_RECORDS") or 1_500)
 PATIENCE_S = 600
+VIEWS = ('"user"', "chat", "conversation_time_record")
 FIGURES = ("seconds", "free_seconds", "credits_used", "credits")
 
 CONTENTS = [
@@ -246,6 +248,54 @@ async def test_what_was_taken_over_goes_on_exactly_and_is_never_billed_again(old
         await operations.stop(service, "u", "old")
         assert (await operations.read_chat(service, "u", "old")).elapsed_us > 30 * S
         assert [] == await audit_lines(service.database)
+
+
+async def test_the_views_show_what_the_old_tables_said_until_a_chat_runs_again(old: URL, database_url: URL) -> None:
+    with connect(old) as connection:
+        connection.execute(USUAL)
+        connection.execute("""INSERT INTO "user" VALUES ('u', 25.25)""")
+        connection.execute(
+            "INSERT INTO conversation_time_record VALUES"
+            " ('r1', 'u', 'a', 'one', 60.9, 1.25, 30, 180, false, '2026-01-01', '2026-01-01'),"
+            " ('r2', 'u', 'a', 'two', 10, 0, 45, 180, false, '2026-01-01', '2026-01-01')"
+        )
+    bring(old, database_url)
+    shown = [
+        """
+        SELECT id, duration, credits_used, free_time_used, total_free_time_allocation, is_active
+        FROM talktime_legacy.conversation_time_record ORDER BY id
+        """
+    ]
+    two = ("r2", 10, Decimal(0), 45, 180, False)
+    # Seconds that have passed, and of each record the free time that it told.
+    assert [[("r1", 60, Decimal("1.25"), 30, 180, False), two]] == rows(database_url, shown)
+    async with open_service(database_url) as service:
+        await operations.start(service, "u", "one", advisor_id="a", key=None)
+    # It is not written down yet that it runs on, and so not shown either; that it runs is.
+    assert ("r1", 60, Decimal("1.25"), 30, 180, True) == rows(database_url, shown)[0][0]
+    async with open_service(database_url) as service:
+        await sweep(service.database, asyncio.Event())
+    # Now its free time is the pair's.
+    assert [[("r1", 60, Decimal("1.25"), 45, 180, True), two]] == rows(database_url, shown)
+    through = [f"SELECT DISTINCT materialized_through FROM talktime_legacy.{view}" for view in VIEWS]
+    assert rows(database_url, ["SELECT materialized_through FROM account"]) * 3 == rows(database_url, through)
+
+
+async def test_who_is_alive_by_the_old_clock_runs_on_from_the_instant_of_the_new_one(
+    old: URL, database_url: URL, clock: Clock
+) -> None:
+    clock.tick(700 * 24 * 3600 * S)  # long after any heartbeat that the old database can tell of
+    with connect(old) as connection:
+        connection.execute(USUAL)
+        connection.execute(
+            "INSERT INTO conversation_time_record VALUES"
+            " ('r7', 'u', 'a', 'c', 60, 1.5, 0, 180, true, clock_timestamp(), clock_timestamp())"
+        )
+    bring(old, database_url)
+    async with open_service(database_url) as service:
+        reading = await operations.read_chat(service, "u", "c")
+    assert (ChatState.RUNNING, 60 * S) == (reading.state, reading.elapsed_us)
+    assert reading.as_of == reading.materialized_through
 
 
 async def test_an_account_that_is_there_already_is_left_alone_and_listed(old: URL, database_url: URL) -> None:

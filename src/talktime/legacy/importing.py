@@ -68,7 +68,7 @@ class UserReport:
 
 
 class Reporter(Protocol):
-    """Who is told what happens: each user once, each thing that is listed once, and the progress in users."""
+    """Who is told what happens: each user once, each thing that is listed once, and the progress in rows."""
 
     def user(self, report: UserReport) -> None:
         """Take what became of a user."""
