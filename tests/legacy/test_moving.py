@@ -147,6 +147,9 @@ async def test_an_old_database_moves_in_and_out_and_in_again(
     out_s = time.monotonic() - began_out
     assert (0, "") == (out.returncode, out.stderr if "Traceback" in out.stderr else "")
     old_columns = rows(database_url, OLD_COLUMNS, "talktime_legacy.")
+    # Whose heartbeats have just ceased are active as in the old system, though no clock runs.
+    assert sum_of(database_url, "count(*) FROM chat WHERE state = 'running'") == 0
+    assert sum_of(database_url, "count(*) FROM talktime_legacy.conversation_time_record WHERE is_active") > 0
     assert old_columns == rows(back, OLD_COLUMNS)
     bring(back, another)
     assert old_columns == rows(another, OLD_COLUMNS, "talktime_legacy.")

@@ -121,7 +121,7 @@ def test_without_exclusivity_all_of_them_run() -> None:
 
 
 def test_free_time_is_shared_and_is_the_most_that_any_record_says() -> None:
-    decided = taken(record(), record(record_id="r2", chat_id="d", free_time_used="45"))
+    decided = taken(record(free_time_used="45"), record(record_id="r2", chat_id="d"))
     assert Allowance(180 * S, 45 * S) == allowance_of(decided)
 
 
